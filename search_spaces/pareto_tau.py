@@ -1,0 +1,13 @@
+"""How tight may the barrier be, and which aggregate should it watch?"""
+
+HYPOTHESIS = ("Below the operating KL, tau is the main dial between trait and coherence; rmse holds coherence where the "
+              "mean lets token loops through, at the cost of a shallower trait.")
+BASE = {"heal.lam": 1.0}
+TRIALS = 16
+COST = "about 9 minutes a trial on 2 CPU cores with the embedded model; a night on a 24 GB card with gemma-3-4b-it"
+
+
+def domains():
+    from ray import tune
+
+    return {"heal.tau": tune.loguniform(0.02, 4.0), "heal.aggregate": tune.choice(["mean", "rmse"])}

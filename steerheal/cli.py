@@ -1,0 +1,43 @@
+"""What all command lines share: one way to fail, one way to repeat a flag."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from steerheal.errors import UserError
+
+
+def run_main(action: Callable[[], int]) -> None:
+    """Run a command; a UserError is printed without a traceback and exits with 2, Ctrl-C with 130."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of an optional kernel at every import
+    try:
+        code = action()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt:
+        code = 130
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code) if code == 130 else sys.exit(code)
+
+
+def merged_flags(argv: Sequence[str], flag: str) -> list[str]:
+    """`--set a=1 --set b=2` as `--set a=1 b=2`: a repeated flag must add, never replace."""
+    values: list[str] = []
+    rest: list[str] = []
+    collecting = False
+    for word in argv:
+        if word == flag or word.startswith(flag + "="):
+            collecting = True
+            if word != flag:
+                values.append(word[len(flag) + 1 :])
+        elif collecting and not word.startswith("--") and "=" in word:
+            values.append(word)
+        else:
+            collecting = False
+            rest.append(word)
+    return [*rest, flag, *values] if values else rest

@@ -1,0 +1,22 @@
+"""Errors a user can act on. Every message names the setting or file, the value, what is allowed and the way out."""
+
+
+class UserError(Exception):
+    """A mistake in settings, files or environment. Command lines print it without a traceback and exit with 2."""
+
+
+class SettingsError(UserError):
+    """All problems found in one set of settings, one per line."""
+
+    def __init__(self, problems: list[str]):
+        self.problems = problems
+        head = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        super().__init__(f"{head} in the settings:\n" + "\n".join(f"  - {p}" for p in problems))
+
+
+class Starved(Exception):
+    """A round ended with too few completions that survived the filter."""
+
+
+class Stop(BaseException):
+    """Raised between two stages when the user asked to stop; nothing finished is lost."""

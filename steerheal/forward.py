@@ -1,0 +1,157 @@
+"""Running the model over many token sequences, each distinct prefix once.
+
+Readouts ask for sequences that share much: worked examples before every vignette, one dilemma before four replies, a
+persona before every context. Sequences are merged into a tree of tokens; a pack of tree nodes runs as one row, with
+the node's depth as position and a mask that lets a token see its ancestors only. Nothing is padded, nothing shared is
+computed twice, and what a sequence gets does not depend on its neighbours beyond rounding. (Tree attention as in
+SpecInfer, Miao et al. 2024, arXiv:2305.09781, used here for scoring.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from steerheal.models import LM
+
+PACK_TOKENS = {"cpu": 512, "cuda": 2048}  # tree nodes per forward pass: enough to saturate the device, and no more,
+# because attention inside a pack is dense
+LOGIT_ROWS = 512  # positions whose vocabulary-wide logits exist at once
+MIN_PREFIX = 32  # a shorter prefix of everything is not worth a cache of its own
+
+
+@dataclass
+class Pack:
+    """Part of the token tree in depth-first order, behind a prefix that every sequence shares.
+
+    nodes of sequence i, in order: paths[i] [len(sequence) - prefix].
+    """
+
+    ids: Tensor  # [n] tokens
+    depth: Tensor  # [n] positions in their sequences
+    end: Tensor  # [n] one past each node's last descendant
+    paths: dict[int, Tensor]
+
+
+@torch.no_grad()
+def run_packs(lm: LM, sequences: Sequence[list[int]], keep: int | None = None) -> Iterator[tuple[Pack, int, Tensor]]:
+    """Run the decoder over every sequence.
+
+    Args:
+        keep: positions from here on are wanted as nodes, so the shared prefix ends before them; default: the last.
+
+    Yields:
+        (pack, prefix length, final hidden states [n, d] of the pack's nodes). Forward hooks on blocks see the pack's
+        nodes as one row; the shared prefix passes through the blocks in a call of its own, before the first pack.
+    """
+    last = min(map(len, sequences)) - 1
+    shared = min(common_prefix(min(sequences), max(sequences)), last if keep is None else keep)
+    shared = shared if shared >= MIN_PREFIX and len(sequences) > 1 else 0
+    cache = None
+    if shared:
+        cache = DynamicCache()  # without a config every layer keeps everything; the masks do the windowing
+        lm.decoder(input_ids=torch.tensor([sequences[0][:shared]], device=lm.device), past_key_values=cache,
+                   use_cache=True)
+    for pack in packs(sequences, shared, PACK_TOKENS[lm.device.type]):
+        pack = Pack(pack.ids.to(lm.device), pack.depth.to(lm.device), pack.end.to(lm.device), pack.paths)
+        out = lm.decoder(input_ids=pack.ids[None], position_ids=pack.depth[None], attention_mask=_masks(lm, pack, shared),
+                         past_key_values=cache, use_cache=cache is not None)
+        if cache is not None:
+            cache.crop(-len(pack.ids))
+        yield pack, shared, out.last_hidden_state[0]
+
+
+def hidden_states(lm: LM, sequences: Sequence[list[int]], first: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
+    """Final hidden states of each sequence at positions first[i] .. end, in any order.
+
+    Args:
+        sequences: token ids, each at least first[i] + 1 long.
+        first: the first position of each sequence whose state is wanted.
+
+    Yields:
+        (i, states) with states [len(sequence) - first[i], d], in the model's dtype.
+    """
+    if not sequences:
+        return
+    for pack, shared, states in run_packs(lm, sequences, keep=min(first)):
+        for i, path in pack.paths.items():
+            yield i, states[path[first[i] - shared :].to(states.device)]
+
+
+def token_logps(lm: LM, prompts: Sequence[list[int]], replies: Sequence[list[int]]) -> list[Tensor]:
+    """log p of each reply token given the prompt and the reply before it: a float32 [len(reply)] per pair."""
+    sequences = [p + r[:-1] for p, r in zip(prompts, replies)]
+    out: list[Tensor] = [torch.empty(0)] * len(replies)
+    for i, states in hidden_states(lm, sequences, [len(p) - 1 for p in prompts]):
+        targets = torch.tensor(replies[i], device=states.device)
+        pieces = [lm.logits(h).log_softmax(-1).gather(1, t[:, None])[:, 0]
+                  for h, t in zip(states.split(LOGIT_ROWS), targets.split(LOGIT_ROWS))]
+        out[i] = torch.cat(pieces).cpu()
+    return out
+
+
+def packs(sequences: Sequence[list[int]], shared: int, size: int) -> Iterator[Pack]:
+    """Merge sequences, without their first `shared` tokens, into packs of at most `size` nodes (one sequence at least).
+
+    In lexicographic order neighbours share the most, and a sequence's nodes are the path to where it leaves its
+    predecessor plus its own remainder: a depth-first walk of the tree.
+    """
+    ids: list[int] = []
+    depth: list[int] = []
+    paths: dict[int, list[int]] = {}
+    previous: list[int] = []
+    for i in sorted(range(len(sequences)), key=lambda i: sequences[i]):
+        tail = sequences[i][shared:]
+        meet = common_prefix(previous, tail) if previous else 0
+        if ids and len(ids) + len(tail) - meet > size:
+            yield _finish(ids, depth, paths)
+            ids, depth, paths, previous, meet = [], [], {}, [], 0
+        inherited = next(reversed(paths.values()))[:meet] if paths else []
+        paths[i] = inherited + list(range(len(ids), len(ids) + len(tail) - meet))
+        ids += tail[meet:]
+        depth += range(shared + meet, shared + len(tail))
+        previous = tail
+    if ids:
+        yield _finish(ids, depth, paths)
+
+
+def _finish(ids: list[int], depth: list[int], paths: dict[int, list[int]]) -> Pack:
+    end = list(range(1, len(ids) + 1))
+    for path in paths.values():
+        for node in path:
+            end[node] = max(end[node], path[-1] + 1)
+    return Pack(torch.tensor(ids), torch.tensor(depth), torch.tensor(end),
+                {i: torch.tensor(path) for i, path in paths.items()})
+
+
+def _masks(lm: LM, pack: Pack, shared: int) -> Tensor | dict[str, Tensor]:
+    """Additive attention masks [1, 1, n, shared + n]: node q sees the prefix and its ancestors, itself included.
+
+    A dict by layer type where the model has sliding-window layers.
+    """
+    n = len(pack.ids)
+    index = torch.arange(n, device=lm.device)
+    tree = (index[None] <= index[:, None]) & (index[:, None] < pack.end[None])
+    sees = torch.cat([tree.new_ones(n, shared), tree], dim=1)
+    config = lm.model.config.get_text_config()
+    types = set(getattr(config, "layer_types", None) or ())
+    full = _additive(sees, lm)
+    if "sliding_attention" not in types:
+        return full
+    position = torch.cat([torch.arange(shared, device=lm.device), pack.depth])
+    near = pack.depth[:, None] - position[None] < config.sliding_window
+    return {"full_attention": full, "sliding_attention": _additive(sees & near, lm)}
+
+
+def _additive(sees: Tensor, lm: LM) -> Tensor:
+    dtype = lm.model.dtype
+    return torch.zeros(sees.shape, dtype=dtype, device=sees.device).masked_fill(~sees, torch.finfo(dtype).min)[None, None]
+
+
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """Length of the longest prefix of two sequences."""
+    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))

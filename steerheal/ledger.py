@@ -1,0 +1,90 @@
+"""The ledger: one row per trial and round, a view of the study that is rebuilt whenever it is wanted.
+
+Columns: trial, state, end, error, one per searched parameter (`heal.tau`), then everything a round reports. A trial
+without a finished round has one row without round. `front` marks the rounds on the Pareto front.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pandas as pd
+
+from steerheal import pareto
+from steerheal.objectives import REFERENCE_POINT
+from steerheal.stages import atomic_write
+
+
+def open_study(folder: Path) -> optuna.Study:
+    """The study of a search's folder; it must exist."""
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    return optuna.load_study(study_name="steerheal", storage=storage_url(folder))
+
+
+def storage_url(folder: Path) -> str:
+    return f"sqlite:///{folder / 'study.db'}"
+
+
+def build(study: optuna.Study) -> pd.DataFrame:
+    """The ledger of a study, by trial and round. Interrupted attempts that were run again are left out."""
+    rows: list[dict[str, Any]] = []
+    for index, trial in sorted(latest(study).items()):
+        head = dict(trial=index, state=trial.state.name.lower(), end=trial.user_attrs.get("end", ""),
+                    error=trial.user_attrs.get("error", ""), **trial.params)
+        rounds = trial.user_attrs.get("rounds", [])
+        rows += [head | _plain(r) for r in rounds] or [head]
+    table = pd.DataFrame(rows, columns=None if rows else ["trial", "state", "end", "error"])
+    for column, missing in (("round", pd.NA), ("trait_gain", float("nan")), ("coherence_kept", float("nan")),
+                            ("deliverable", False), ("adapter", ""), ("verdict", "")):
+        if column not in table:
+            table[column] = missing
+    table["round"] = table["round"].astype("Int64")
+    table["deliverable"] = table["deliverable"].eq(True)  # rows without a round count as not deliverable
+    table["front"] = table.index.isin(front(table).index)
+    return table
+
+
+def latest(study: optuna.Study) -> dict[int, optuna.trial.FrozenTrial]:
+    """The attempt that counts for each logical trial index: the finished one, else the last."""
+    chosen: dict[int, optuna.trial.FrozenTrial] = {}
+    for trial in study.get_trials(deepcopy=False):
+        index = trial.user_attrs.get("index")
+        finished = index in chosen and chosen[index].state == optuna.trial.TrialState.COMPLETE
+        if index is not None and not finished:
+            chosen[index] = trial
+    return chosen
+
+
+def front(table: pd.DataFrame) -> pd.DataFrame:
+    """The non-dominated deliverable rounds, largest trait gain first; one row per distinct adapter."""
+    able = table[table["deliverable"]].drop_duplicates("adapter")
+    points = list(zip(able["trait_gain"].astype(float), able["coherence_kept"].astype(float)))
+    return able.iloc[pareto.front(points)]
+
+
+def hypervolume(table: pd.DataFrame) -> float:
+    """Of the front over rounds, against the fixed reference point (0 nats, 0.85)."""
+    able = table[table["deliverable"]]
+    points = list(zip(able["trait_gain"].astype(float), able["coherence_kept"].astype(float)))
+    return pareto.hypervolume(points, REFERENCE_POINT)
+
+
+def write(study: optuna.Study, folder: Path) -> pd.DataFrame:
+    """Rebuild ledger.parquet, ledger.csv, front.csv and baselines.csv in a search's folder; the ledger."""
+    table = build(study)
+    baselines = pd.DataFrame(study.user_attrs.get("baselines", []))
+    buffer = io.BytesIO()
+    table.to_parquet(buffer, index=False)
+    atomic_write(folder / "ledger.parquet", buffer.getvalue())
+    for name, frame in (("ledger", table), ("front", front(table)), ("baselines", baselines)):
+        atomic_write(folder / f"{name}.csv", frame.to_csv(index=False).encode())
+    return table
+
+
+def _plain(row: dict[str, Any]) -> dict[str, Any]:
+    """Lists and dicts as JSON text, so that the table has one type per column."""
+    return {k: json.dumps(v) if isinstance(v, (list, dict)) else v for k, v in row.items()}

@@ -1,0 +1,168 @@
+"""A causal language model and its tokenizer, with the handles that the rest of the program uses.
+
+`LM` names what differs between architectures (where the blocks are, what ends a completion, which ids must never be
+drawn) so that no other module asks. Works for Llama, Qwen2, Gemma 3 text, and the multimodal Gemma 3 class, whose
+vision tower is never touched.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from steerheal.errors import UserError
+from steerheal.settings import Settings
+from steerheal.stages import atomic_write
+from steerheal.weights import cache_dir, locate
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+@dataclass
+class LM:
+    """A loaded model. `digest` identifies weights, dtype, attention and quantisation: equal digest, equal results."""
+
+    name: str
+    digest: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    quantised: bool = False
+
+    @property
+    def device(self) -> torch.device:
+        return self.embedding.device
+
+    @cached_property
+    def decoder(self) -> nn.Module:
+        """The text decoder: token ids -> final (normed) hidden states."""
+        return self.model.get_decoder()
+
+    @cached_property
+    def blocks(self) -> nn.ModuleList:
+        layers = self.decoder.layers
+        assert isinstance(layers, nn.ModuleList)
+        return layers
+
+    @property
+    def embedding(self) -> Tensor:
+        weight = self.model.get_input_embeddings().weight
+        assert isinstance(weight, Tensor)
+        return weight
+
+    def text(self, ids: list[int]) -> str:
+        """Ids as text, special tokens left out."""
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+
+    @cached_property
+    def blocks_path(self) -> str:
+        """Dotted path of the block list inside the model, such as 'model.layers'."""
+        return next(path for path, module in self.model.named_modules() if module is self.blocks)
+
+    @cached_property
+    def softcap(self) -> float | None:
+        return getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Final hidden states [..., d] -> float32 logits [..., vocabulary]."""
+        out = self.model.get_output_embeddings()(hidden).float()
+        return out if self.softcap is None else torch.tanh(out / self.softcap) * self.softcap
+
+    def band(self, lo: float, hi: float) -> list[int]:
+        """Block indices int(lo*L) .. int(hi*L)-1, at least one."""
+        n = len(self.blocks)
+        first = min(int(lo * n), n - 1)
+        return list(range(first, max(int(hi * n), first + 1)))
+
+    @cached_property
+    def eos_ids(self) -> frozenset[int]:
+        """Every id that ends a completion: generation_config's list and the tokenizer's own."""
+        listed = self.model.generation_config.eos_token_id
+        ids = {listed} if isinstance(listed, int) else set(listed or ())
+        if self.tokenizer.eos_token_id is not None:
+            ids.add(self.tokenizer.eos_token_id)
+        return frozenset(ids)
+
+    @cached_property
+    def banned(self) -> Tensor:
+        """Ids that are never drawn: image tokens and rows of the head past the tokenizer's length. [n]"""
+        vocabulary = self.model.config.get_text_config().vocab_size
+        ids = set(range(len(self.tokenizer), vocabulary))
+        config = self.model.config
+        for name in ("image_token_id", "image_token_index", "boi_token_index", "eoi_token_index", "boi_token_id",
+                     "eoi_token_id", "video_token_id", "audio_token_id"):
+            value = getattr(config, name, None)
+            if isinstance(value, int) and 0 <= value < vocabulary:
+                ids.add(value)
+        return torch.tensor(sorted(ids), dtype=torch.long, device=self.device)
+
+
+def load(settings: Settings) -> LM:
+    """The model a run names, ready on its device, in evaluation mode, with no gradients on base weights.
+
+    Raises:
+        UserError: the model cannot be found, fetched or read; the message says which and what to do.
+    """
+    path = locate(settings.model)
+    device = settings.device if settings.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device = cuda: torch sees no CUDA card. Use --set device=cpu, or install a CUDA build of torch.")
+    options: dict[str, Any] = dict(dtype=DTYPES[settings.dtype], attn_implementation=settings.attention,
+                                   device_map={"": device}, local_files_only=True)
+    if settings.quantise == "nf4":
+        from transformers import BitsAndBytesConfig
+
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16)
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path, **options)
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise UserError(f"model = {settings.model!r}: {path} cannot be loaded ({type(error).__name__}: "
+                        f"{str(error).splitlines()[0]}). Delete that folder to fetch it again, or name another "
+                        f"model.") from error
+    if tokenizer.chat_template is None:
+        raise UserError(f"model = {settings.model!r} has no chat template: it is a base model. Name an instruct model.")
+    digest = hashlib.sha256(f"{weights_digest(path)} {settings.dtype} {settings.attention} {settings.quantise}".encode())
+    return wrap(model, tokenizer, settings.model, digest.hexdigest(), quantised=settings.quantise != "none")
+
+
+def wrap(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str, digest: str,
+         quantised: bool = False) -> LM:
+    """An LM around a model that is already in memory (tests, notebooks)."""
+    model.eval()
+    model.requires_grad_(False)
+    return LM(name, digest, model, tokenizer, quantised)
+
+
+def weights_digest(path: Path) -> str:
+    """SHA-256 over the weights, config and tokenizer of a folder; a hub snapshot is named by its commit already.
+
+    The digest of a local folder is cached beside the user's weights, keyed by path, sizes and modification times.
+    """
+    if path.parent.name == "snapshots":
+        return f"hub:{path.parent.parent.name}@{path.name}"
+    files = sorted(f for f in path.iterdir() if f.suffix in (".safetensors", ".json", ".jinja", ".model", ".bin"))
+    stamp = hashlib.sha256(repr([(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]).encode()).hexdigest()
+    memo = cache_dir() / "digests" / stamp
+    if memo.exists():
+        return memo.read_text()
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.name.encode())
+        with file.open("rb") as handle:
+            digest.update(hashlib.file_digest(handle, "sha256").digest())
+    if os.access(cache_dir().parent, os.W_OK):
+        atomic_write(memo, digest.hexdigest().encode())
+    return digest.hexdigest()

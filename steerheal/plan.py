@@ -1,0 +1,118 @@
+"""What a search is: everything that decides its results, written down as search.json in its folder.
+
+Resuming is the same command again. Overrides need not be repeated; an override that differs from what is written down
+is refused, field by field, because a search whose settings changed half-way would compare unlike trials.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from steerheal import __version__, spaces, weights
+from steerheal.errors import UserError
+from steerheal.settings import Settings, from_flat, identity, preset, to_flat
+from steerheal.stages import atomic_write
+
+PACKAGES = ("torch", "transformers", "peft", "ray", "optuna", "numpy", "bitsandbytes")
+
+
+@dataclass
+class Plan:
+    """One search, ready to start or to go on."""
+
+    name: str
+    folder: Path
+    space: spaces.Space
+    settings: Settings  # of every trial, but for the searched parameters
+    overrides: dict[str, Any]
+    sampler: str
+    seed: int
+    trials: int
+    notes: list[str]  # sentences the user should see
+    resumed: bool
+
+    @property
+    def store(self) -> Path:
+        """The stage store that all searches beside this one share."""
+        return self.folder.parent / ".stages"
+
+    def identity(self) -> dict[str, Any]:
+        """Every field that decides a result, flat."""
+        domains = {f"domain of {k}": repr(v) for k, v in self.space.distributions().items()}
+        return dict(space=self.space.name, sampler=self.sampler, seed=self.seed) | domains | identity(self.settings)
+
+    def write(self) -> None:
+        path = self.folder / "search.json"
+        old = json.loads(path.read_text()) if path.exists() else {}
+        body = dict(
+            name=self.name, space=self.space.name, model=self.settings.model, overrides=self.overrides,
+            sampler=self.sampler, seed=self.seed, trials=self.trials, identity=self.identity(),
+            settings=to_flat(self.settings), created=old.get("created", time.strftime("%Y-%m-%d %H:%M:%S")),
+            versions=dict(steerheal=__version__, python=platform.python_version(), **_versions()))
+        atomic_write(path, json.dumps(body, indent=2).encode())
+
+
+def _versions() -> dict[str, str]:
+    installed = {d.metadata["Name"].lower() for d in importlib.metadata.distributions() if d.metadata["Name"]}
+    return {p: importlib.metadata.version(p) for p in PACKAGES if p in installed}
+
+
+def make(space_name: str, *, name: str | None, out: Path, model: str | None, overrides: dict[str, Any],
+         trials: int | None, rounds: int | None, sampler: str | None, seed: int | None) -> Plan:
+    """The plan of a command line: a new search, or the one its folder already holds.
+
+    Raises:
+        UserError: unknown space or settings, or a resume that differs from what the folder holds.
+    """
+    space = spaces.load(space_name)
+    name = name or space.name
+    folder = (out / name).absolute()
+    stored = _read(folder)
+    if model is not None:
+        overrides = overrides | {"model": model}
+    if rounds is not None:
+        overrides = overrides | {"rounds": rounds}
+    chosen_model, note = weights.resolve(
+        overrides.get("model") or (stored or {}).get("model") or space.base.get("model", "auto"))
+    asked = (stored or {}).get("overrides", {}) | overrides | {"model": chosen_model}
+    settings = from_flat(preset(chosen_model) | space.base | asked)
+    searched = set(space.distributions())
+    fixed = sorted(searched & set(asked))
+    if fixed:
+        raise UserError(f"--set {', '.join(fixed)}: the space {space.name} searches this setting, so it cannot be fixed. "
+                        f"Leave it out, or write a space of your own in search_spaces/.")
+    plan = Plan(name, folder, space, settings, {k: v for k, v in asked.items() if k != "model"},
+                sampler or (stored or {}).get("sampler", "tpe"),
+                seed if seed is not None else (stored or {}).get("seed", 0),
+                trials or max((stored or {}).get("trials", 0), space.trials), [note] if note else [], stored is not None)
+    if stored:
+        _refuse_changes(plan, stored)
+        plan.notes = [] if overrides.get("model") != "auto" else plan.notes
+    return plan
+
+
+def _read(folder: Path) -> dict[str, Any] | None:
+    path = folder / "search.json"
+    if not path.exists():
+        return None
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}). --restart moves the folder aside and starts anew; the stage "
+                        f"store makes that cheap.") from None
+
+
+def _refuse_changes(plan: Plan, stored: dict[str, Any]) -> None:
+    old, new = stored["identity"], json.loads(json.dumps(plan.identity()))
+    changed = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]
+    if changed:
+        lines = "\n".join(f"  - {k}: {old.get(k)!r} there, {new.get(k)!r} now" for k in changed)
+        raise UserError(f"{plan.folder} holds a search with other settings:\n{lines}\n"
+                        f"Ways out: --name OTHER starts a new search (what both have in common is not computed again); "
+                        f"--restart moves the old folder aside.")

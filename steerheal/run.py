@@ -1,0 +1,71 @@
+"""python -m steerheal.run: one loop, without a search. Same settings, same store, same numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import tyro
+
+from steerheal.cli import merged_flags, run_main
+from steerheal.settings import from_flat, parse_assignments, preset
+from steerheal.weights import resolve
+
+
+@dataclasses.dataclass
+class Args:
+    """Run one steer-heal loop and print each round."""
+
+    model: str = "auto"
+    """hub id, local folder or built-in name"""
+    set: tuple[str, ...] = ()
+    """settings, such as heal.tau=1.0 rounds=2"""
+    store: Path = Path("results/.stages")
+    """the stage store; shared with searches in results/"""
+    export: Path | None = None
+    """write the last round's adapter here, in PEFT's format"""
+
+
+def main() -> None:
+    args = tyro.cli(Args, args=merged_flags(sys.argv[1:], "--set"), prog="python -m steerheal.run")
+    run_main(lambda: run(args))
+
+
+def run(args: Args) -> int:
+    overrides = parse_assignments(list(args.set))
+    model, note = resolve(overrides.pop("model", args.model))
+    settings = from_flat(preset(model) | overrides | {"model": model})  # refused now, before anything heavy loads
+    if note:
+        print(note)
+
+    import pandas as pd
+
+    from steerheal import history, models
+    from steerheal.display import describe
+    from steerheal.loop import HealLoop
+    from steerheal.stages import Event, Store
+
+    def say(event: Event) -> None:
+        if event.kind == "computed":
+            print(f"  {loop.where}: {event.stage}, {event.seconds:.1f} s", flush=True)
+        elif event.kind == "set aside":
+            print(f"  {event.note}", flush=True)
+
+    store = Store(args.store, say)
+    loop = HealLoop(settings, models.load(settings), store)
+    print(f"trait readout: {loop.baselines().trait_reason}")
+    chain: tuple[str, ...] = ()
+    for round_ in loop.rounds():
+        print(describe(pd.Series(round_.row())), flush=True)
+        chain = round_.chain
+    print(f"ended: {loop.end}")
+    if args.export and chain:
+        rounds = [history.from_tensors(loop.stored(digest).tensors) for digest in chain]
+        history.export(history.fold(rounds), args.export, model)
+        print(f"adapter: {args.export}")
+    return 0
+
+
+if __name__ == "__main__":
+    main()

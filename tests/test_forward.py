@@ -1,0 +1,79 @@
+import pytest
+import torch
+from conftest import WINDOW, make_lm
+
+from steerheal import forward
+
+
+def brute(lm, sequence):
+    """Final hidden states of one sequence, alone, with nothing shared."""
+    return lm.decoder(input_ids=torch.tensor([sequence]), use_cache=False).last_hidden_state[0]
+
+
+def family(shared, seed=0):
+    """Sequences with a common prefix, groups under it, different lengths, and one duplicate."""
+    g = torch.Generator().manual_seed(seed)
+    draw = lambda n: torch.randint(0, 250, (n,), generator=g).tolist()  # noqa: E731
+    root = draw(shared)
+    groups = [root + draw(7) for _ in range(3)]
+    return [q + draw(n) for q in groups for n in (3, 9, 14)] + [groups[0] + [1, 2, 3], groups[0] + [1, 2, 3]]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("shared", [0, 5, 40, 3 * WINDOW])
+@pytest.mark.parametrize("size", [16, 512])
+def test_sharing_prefixes_changes_nothing(any_lm, shared, size, monkeypatch):
+    monkeypatch.setitem(forward.PACK_TOKENS, "cpu", size)
+    sequences = family(shared)
+    first = [max(len(s) - 3, 0) for s in sequences]
+    got = dict(forward.hidden_states(any_lm, sequences, first))
+    assert sorted(got) == list(range(len(sequences)))
+    for i, s in enumerate(sequences):
+        torch.testing.assert_close(got[i], brute(any_lm, s)[first[i] :], atol=2e-4, rtol=2e-4)
+
+
+@torch.no_grad()
+def test_states_inside_the_common_part_are_returned_too(lm):
+    sequences = [[*list(range(50)), 60], [*list(range(50)), 61, 62]]
+    got = dict(forward.hidden_states(lm, sequences, [10, 45]))
+    for i, f in ((0, 10), (1, 45)):
+        torch.testing.assert_close(got[i], brute(lm, sequences[i])[f:], atol=2e-4, rtol=2e-4)
+
+
+@torch.no_grad()
+def test_token_logps_against_float64_softmax(any_lm):
+    prompts, replies = [[1, 2, 3], [1, 2, 3], [9, 8]], [[4, 5, 6, 7], [4], [7, 7]]
+    for p, r, got in zip(prompts, replies, forward.token_logps(any_lm, prompts, replies)):
+        logits = any_lm.model(torch.tensor([p + r])).logits[0].double()
+        want = torch.stack([logits[len(p) - 1 + i].log_softmax(-1)[t] for i, t in enumerate(r)])
+        torch.testing.assert_close(got.double(), want, atol=2e-4, rtol=2e-4)
+
+
+def test_each_distinct_prefix_is_computed_once():
+    sequences = family(40)
+    distinct = {tuple(s[: i + 1]) for s in sequences for i in range(40, len(s))}
+    nodes = sum(len(p.ids) for p in forward.packs(sequences, 40, 10_000))
+    assert nodes == len(distinct)
+
+
+def test_packs_respect_their_size():
+    sequences = family(0, seed=3)
+    packs = list(forward.packs(sequences, 0, 30))
+    assert all(len(p.ids) <= 30 for p in packs) and len(packs) > 1
+    assert sorted(i for p in packs for i in p.paths) == list(range(len(sequences)))
+    for p in packs:
+        for i, path in p.paths.items():
+            assert p.ids[path].tolist() == sequences[i]
+            assert p.depth[path].tolist() == list(range(len(sequences[i])))
+
+
+def test_common_prefix():
+    assert forward.common_prefix([1, 2, 3], [1, 2, 4]) == 2
+    assert forward.common_prefix([1, 2], [1, 2, 4]) == 2
+    assert forward.common_prefix([], [1]) == 0
+
+
+def test_bfloat16_models_run(monkeypatch):
+    lm = make_lm(dtype=torch.bfloat16)
+    got = dict(forward.hidden_states(lm, family(40), [45] * 11))
+    assert all(torch.isfinite(s).all() for s in got.values())

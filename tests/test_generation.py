@@ -1,0 +1,82 @@
+import pytest
+import torch
+from conftest import make_lm
+
+from steerheal.generation import Sampling, _draw, generate, greedy
+from steerheal.steering import Vector
+
+PROMPTS = [[1, 2, 3], list(range(40)), [7], [9, 9, 9, 9, 9, 9], list(range(30, 5, -1))]
+
+
+@pytest.mark.parametrize("steps", [1, 20])
+def test_batched_greedy_equals_one_by_one(any_lm, steps):
+    together = generate(any_lm, PROMPTS, greedy(steps))
+    for prompt, got in zip(PROMPTS, together):
+        assert generate(any_lm, [prompt], greedy(steps))[0] == got
+
+
+@torch.no_grad()
+def test_greedy_equals_transformers(lm):
+    want = lm.model.generate(torch.tensor([PROMPTS[1]]), max_new_tokens=15, do_sample=False, eos_token_id=256,
+                             pad_token_id=256)[0, len(PROMPTS[1]) :].tolist()
+    got = generate(lm, [PROMPTS[1]], greedy(15))[0]
+    assert got.targets == want
+
+
+def test_draws_do_not_depend_on_the_batch(any_lm):
+    s = Sampling(12)
+    seeds = [11, 12, 13, 14, 15]
+    together = generate(any_lm, PROMPTS, s, seeds)
+    for prompt, seed, got in zip(PROMPTS, seeds, together):
+        assert generate(any_lm, [prompt], s, [seed])[0] == got
+    assert generate(any_lm, PROMPTS, s, [1] * 5) != together
+
+
+def test_one_batch_mixes_doses(lm):
+    v = Vector({1: 3 * torch.randn(32, generator=torch.Generator().manual_seed(0))})
+    mixed = generate(lm, [PROMPTS[1]] * 3, greedy(10), vector=v, doses=[0.0, 1.0, 5.0])
+    for dose, got in zip((0.0, 1.0, 5.0), mixed):
+        assert generate(lm, [PROMPTS[1]], greedy(10), vector=v, doses=[dose])[0] == got
+    assert mixed[0] == generate(lm, [PROMPTS[1]], greedy(10))[0] and mixed[0] != mixed[2]
+
+
+def test_rows_end_on_every_eos_id_and_leave_the_batch(lm):
+    free = generate(lm, PROMPTS, Sampling(30), [1, 2, 3, 4, 5])
+    stops = {free[0].ids[3], free[2].ids[5]}
+    lm.model.generation_config.eos_token_id = [256, *stops]
+    lm.__dict__.pop("eos_ids", None)
+    sizes = []
+    handle = lm.decoder.register_forward_pre_hook(lambda m, a, kw: sizes.append(len(kw["input_ids"])), with_kwargs=True)
+    ended = generate(lm, PROMPTS, Sampling(30), [1, 2, 3, 4, 5])
+    handle.remove()
+    for before, after in zip(free, ended):
+        cut = next((i for i, t in enumerate(before.ids) if t in stops), None)
+        assert after.ids == (before.ids if cut is None else before.ids[:cut])
+        assert after.end == (before.end if cut is None else before.ids[cut])
+    assert sizes[-1] < sizes[0]
+
+
+def test_ids_without_a_token_are_never_drawn():
+    lm = make_lm("gemma3")
+    with torch.no_grad():
+        lm.model.get_output_embeddings().weight[-8:] += 100  # by far the likeliest
+    drawn = generate(lm, PROMPTS, Sampling(20), [1, 2, 3, 4, 5])
+    assert max(max(c.ids, default=0) for c in drawn) < len(lm.tokenizer)
+    assert lm.model.config.image_token_id in lm.banned.tolist()
+
+
+def test_nucleus_sampling_has_the_right_distribution():
+    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0, -6.0]])
+    n = 20_000
+    uniform = (torch.arange(n) + 0.5) / n
+    drawn = _draw(logits.expand(n, -1), Sampling(1, 1.0, 0.95, 4), uniform)
+    p = logits[0, :4].double().softmax(-1)  # top_k cuts the fifth, top_p the fourth: three reach 0.97
+    assert p[:2].sum() < 0.95 <= p[:3].sum()
+    p = torch.cat([p[:3] / p[:3].sum(), torch.zeros(2, dtype=torch.float64)])
+    share = torch.bincount(drawn, minlength=5) / n
+    torch.testing.assert_close(share.double(), p, atol=2e-4, rtol=0)
+
+
+def test_sampling_without_seeds_is_refused(lm):
+    with pytest.raises(ValueError, match="one seed per row"):
+        generate(lm, PROMPTS, Sampling(3), [1])

@@ -1,0 +1,105 @@
+import numpy as np
+import pytest
+import torch
+from conftest import TINY, make_lm
+
+from steerheal import personas
+from steerheal.loop import HealLoop
+from steerheal.settings import from_flat
+from steerheal.stages import Store
+
+
+def run(store_folder, lm=None, **overrides):
+    events = []
+    loop = HealLoop(from_flat(TINY | overrides), lm or make_lm(), Store(store_folder, events.append))
+    return loop, list(loop.rounds()), events
+
+
+def computed(events):
+    return [(e.stage, e.digest) for e in events if e.kind == "computed"]
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "gemma3_text", "gemma3"])
+def test_whole_loop_on_every_architecture(tmp_path, architecture):
+    lm = make_lm(architecture)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    before = lm.model(ids).logits.clone()
+    loop, rounds, _ = run(tmp_path, lm)
+    assert len(rounds) == 2 and loop.end in ("rounds", "broken")
+    for r in rounds:
+        numbers = [v for v in r.row().values() if isinstance(v, float)]
+        assert np.isfinite(numbers).all()
+    with loop.student.base():
+        assert torch.equal(lm.model(ids).logits, before)  # base is one gate away, to the bit
+    assert not torch.equal(lm.model(ids).logits, before)
+    touched = {path for path in loop.student.layers}
+    assert touched and all(path.startswith(lm.blocks_path) for path in touched)
+    assert not any("vision" in path or "head" in path for path in touched)
+
+
+def test_a_second_run_computes_nothing_and_agrees(tmp_path):
+    _, first, _ = run(tmp_path)
+    _, second, events = run(tmp_path)
+    assert computed(events) == []
+    assert [r.row() for r in second] == [r.row() for r in first]
+
+
+def test_trials_share_what_they_have_in_common(tmp_path):
+    run(tmp_path, **{"heal.tau": 0.5})
+    _, _, events = run(tmp_path, **{"heal.tau": 0.1})
+    first_round = [stage for stage, _ in computed(events)]
+    # of round 0 only healing and what follows it is new; everything before is read
+    assert first_round[0] == "heal"
+    _, _, events = run(tmp_path, **{"heal.tau": 0.5, "heal.lam_round_pow": -1.0})
+    assert computed(events)[0][0] == "heal" and len([s for s, _ in computed(events) if s == "heal"]) == 1
+
+
+def test_prev_and_base_are_one_in_round_zero(tmp_path):
+    run(tmp_path, **{"heal.ref": "prev", "rounds": 1})
+    _, _, events = run(tmp_path, **{"heal.ref": "base", "rounds": 1})
+    assert computed(events) == []
+
+
+def test_nll_reads_no_barrier_setting(tmp_path):
+    run(tmp_path, **{"heal.barrier": "nll", "rounds": 1})
+    _, _, events = run(tmp_path, **{"heal.barrier": "nll", "heal.tau": 2.0, "heal.aggregate": "mean", "rounds": 1})
+    assert computed(events) == []
+
+
+def test_run_seed_changes_draws_but_not_instruments(tmp_path):
+    run(tmp_path, rounds=1)
+    _, _, events = run(tmp_path, rounds=1, seed=1)
+    stages = [s for s, _ in computed(events)]
+    assert "completions" in stages and "vector" not in stages
+    assert "heal" in stages
+
+
+def test_micro_batch_changes_no_digest_and_hardly_a_number(tmp_path):
+    _, whole, _ = run(tmp_path / "a", **{"heal.micro_batch": 6, "rounds": 1})
+    _, split, _ = run(tmp_path / "b", **{"heal.micro_batch": 2, "rounds": 1})
+    assert whole[0].chain == split[0].chain
+    assert split[0].outcome.trait_gain == pytest.approx(whole[0].outcome.trait_gain, abs=1e-3)
+
+
+def test_starved_is_a_named_end(tmp_path, monkeypatch):
+    from steerheal import filtering
+
+    monkeypatch.setattr(filtering, "MIN_TOKENS", 1000)
+    monkeypatch.setattr(filtering, "default_gate", lambda ppl: 100.0)
+    loop, rounds, _ = run(tmp_path)
+    assert rounds == [] and loop.end == "starved"
+
+
+def test_the_order_of_work_in_a_round(tmp_path):
+    loop, _, events = run(tmp_path, rounds=1)
+    stages = [s for s, _ in computed(events)]
+    assert stages[:2] == ["completions", "scores"]  # the perplexity gate
+    assert stages[-6:] == ["heal", "foundations", "conduct", "foundations", "conduct", "fluency"]
+    assert loop.baselines().rows()[0]["label"] == "base"
+
+
+def test_vignettes_are_stratified():
+    chosen = personas.vignettes("builtin", 70)
+    counts = {f: sum(v.foundation == f for v in chosen) for f in personas.FOUNDATIONS}
+    assert set(counts.values()) == {10}
+    assert len(personas.vignettes("builtin", 9)) == 9

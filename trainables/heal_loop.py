@@ -1,0 +1,111 @@
+"""The Ray Tune trainable: one trial is one HealLoop, one step is one round.
+
+The model is loaded once per actor and stays resident between trials. A step never raises: an error, a request to stop
+and a starved round are results with an `end`, so one bad trial cannot take the search down. What happens to each stage
+is appended to an event file of this process, which the driver's display reads.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ray import tune
+
+from steerheal.errors import Stop, UserError
+from steerheal.settings import from_flat
+from steerheal.stages import Event, Store
+
+
+class HealTrial(tune.Trainable):
+    """config: flat (settings by dotted name), index, params, folder (of the search), store (of the stages)."""
+
+    def setup(self, config: dict[str, Any]) -> None:
+        self.lm: Any = None
+        self.lm_settings: tuple[Any, ...] = ()
+        self._begin(config)
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        self._begin(new_config)
+        return True
+
+    def _begin(self, config: dict[str, Any]) -> None:
+        self.folder = Path(config["folder"])
+        self.index = config["index"]
+        self.events = self.folder / "events" / f"{platform.node()}-{os.getpid()}.jsonl"
+        self.trial_config = config
+        self.loop: Any = None
+        self.rounds: Iterator[Any] = iter(())
+        self.last: dict[str, Any] | None = None
+
+    def _open(self) -> None:
+        """Build the loop on first use, so that bad settings end as this trial's error."""
+        from steerheal import models
+        from steerheal.loop import HealLoop
+
+        settings = from_flat(self.trial_config["flat"] | self.trial_config["params"])
+        wanted = (settings.model, settings.dtype, settings.quantise, settings.attention, settings.device)
+        if self.lm_settings != wanted:
+            self._note("loading the model", "start")
+            self.lm, self.lm_settings = models.load(settings), wanted
+        self.loop = HealLoop(settings, self.lm, Store(self.trial_config["store"], self._on_event))
+        self.rounds = self.loop.rounds()
+
+    def step(self) -> dict[str, Any]:
+        if self.last is not None and self.last["done"]:
+            return self.last
+        result: dict[str, Any] = dict(index=self.index, end="", error="", row="", baselines="", fatal=False)
+        try:
+            if self.loop is None:
+                self._open()
+            round_ = next(self.rounds, None)
+            result["end"] = self.loop.end or ""
+            if round_ is not None:
+                result["row"] = json.dumps(round_.row())
+                if round_.outcome.round == 0:
+                    result["baselines"] = json.dumps(self.loop.baselines().rows())
+        except Stop:
+            result["end"] = "stopped"
+        except UserError as error:
+            # the settings' or the machine's fault, not this proposal's: every other trial would meet it too
+            result |= dict(end="error", error=str(error), fatal=True)
+        except MemoryError as error:
+            result |= dict(end="out of memory", error=str(error))
+        except Exception as error:
+            oom = type(error).__name__ == "OutOfMemoryError"  # torch's: CUDA ran out
+            log = self.folder / "errors" / f"trial-{self.index}.txt"
+            log.parent.mkdir(exist_ok=True)
+            log.write_text(traceback.format_exc())
+            result |= dict(end="out of memory" if oom else "error",
+                           error=f"{type(error).__name__}: {error} (traceback in {log})")
+            self._note(result["error"], "error")
+        result["done"] = bool(result["end"])
+        self.last = result
+        return result
+
+    def _on_event(self, event: Event) -> None:
+        if event.kind == "start" and (self.folder / ".stop").exists():
+            raise Stop
+        self._note(self.loop.where, event.kind, event)
+
+    def _note(self, where: str, kind: str, event: Event | None = None) -> None:
+        line = dict(time=round(time.time(), 2), trial=self.index, where=where, kind=kind)
+        if event:
+            line |= dict(stage=event.stage, digest=event.digest, seconds=round(event.seconds, 3))
+            if event.note:
+                line["note"] = event.note
+        self.events.parent.mkdir(parents=True, exist_ok=True)
+        with self.events.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def save_checkpoint(self, checkpoint_dir: str) -> dict[str, Any]:
+        return dict(chain=[] if self.loop is None else list(self.loop._loaded))
+
+    def load_checkpoint(self, checkpoint: dict[str, Any] | None) -> None:
+        """Nothing: a trial that starts again replays its finished stages from the store."""
