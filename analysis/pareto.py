@@ -66,7 +66,7 @@ def draw(d: Data) -> plt.Figure:
     labels += [(row["trait_gain"], row["coherence_kept"], _baseline_label(row), style.BLACK)
                for _, row in d.baselines.iterrows()]
     low = min(p["coherence_kept"].min(), d.baselines["coherence_kept"].min() if len(d.baselines) else 1)
-    axes.set_ylim(max(low - 0.04, -0.02), 1.03)
+    axes.set_ylim(max(low - 0.04, -0.02), 1.02)
     axes.text(axes.get_xlim()[0], COHERENCE_FLOOR, " deliverable above", color="#777777", fontsize=9, va="bottom")
     place_labels(axes, labels)
     axes.set_xlabel(f"trait gain: {d.trait.removesuffix('_nats')} readout, nats from base   (better →)")

@@ -7,12 +7,12 @@ would write again (written once).
 
 from __future__ import annotations
 
-import datetime
-
 from transformers import PreTrainedTokenizerBase
 
 NEUTRAL = "You are a helpful assistant."  # the system text wherever no persona is meant
-FROZEN_DATE = datetime.datetime(2025, 1, 1)
+FROZEN_DATE = "01 Jan 2025"
+# Functions cannot be handed to a template, so the one that asks for today is shadowed inside it.
+FREEZE = "{%- macro strftime_now(format) -%}" + FROZEN_DATE + "{%- endmacro -%}"
 
 Turn = tuple[str, str]  # (role, text)
 
@@ -59,5 +59,5 @@ def has_system_role(tokenizer: PreTrainedTokenizerBase) -> bool:
 def _apply(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> str:
     rendered = tokenizer.apply_chat_template(
         messages, tokenize=False, add_generation_prompt=True,
-        date_string=FROZEN_DATE.strftime("%d %b %Y"), strftime_now=FROZEN_DATE.strftime)
+        date_string=FROZEN_DATE, chat_template=FREEZE + str(tokenizer.chat_template))
     return str(rendered)

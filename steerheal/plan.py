@@ -45,7 +45,8 @@ class Plan:
     def identity(self) -> dict[str, Any]:
         """Every field that decides a result, flat."""
         domains = {f"domain of {k}": repr(v) for k, v in self.space.distributions().items()}
-        return dict(space=self.space.name, sampler=self.sampler, seed=self.seed) | domains | identity(self.settings)
+        head = {"space": self.space.name, "sampler": self.sampler, "--seed": self.seed}  # `seed` is the run seed
+        return head | domains | identity(self.settings)
 
     def write(self) -> None:
         path = self.folder / "search.json"

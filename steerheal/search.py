@@ -27,7 +27,7 @@ from steerheal import spaces
 from steerheal.cli import merged_flags, run_main
 from steerheal.errors import UserError
 from steerheal.plan import Plan, make
-from steerheal.settings import parse_assignments
+from steerheal.settings import parse_assignments, to_flat
 from steerheal.stages import atomic_write, disk_error, locked
 
 STOPPED = 75  # EX_TEMPFAIL: give the same command again
@@ -188,7 +188,7 @@ def _finish(plan: Plan, study: Any, params: list[str], summary: str, stopped: bo
 
 def _tune(plan: Plan, tuner_search: Any, concurrent: int, count: int) -> tuple[bool, str]:
     """Run `count` trials. Returns (stopped by the user, an error that every trial would meet)."""
-    scratch = Path(tempfile.mkdtemp(prefix="steerheal-"))  # short: Ray's sockets allow 107 bytes
+    scratch = _scratch()
     os.environ.update(RAY_USAGE_STATS_ENABLED="0", RAY_CHDIR_TO_TRIAL_DIR="0", RAY_AIR_NEW_OUTPUT="0",
                       TUNE_DISABLE_AUTO_CALLBACK_LOGGERS="1", TUNE_DISABLE_SIGINT_HANDLER="1",
                       RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0", TUNE_GLOBAL_CHECKPOINT_S="10")
@@ -213,28 +213,33 @@ def _tune(plan: Plan, tuner_search: Any, concurrent: int, count: int) -> tuple[b
     cores = len(os.sched_getaffinity(0))
     gpus = 1 if cuda_memory_gb() else 0
     resources = {"cpu": max(cores // concurrent, 1), "gpu": gpus / concurrent}
-    with _stop_signals(plan.folder) as stopped, _quiet():
+    with _quiet():
         ray.init(address="local", num_cpus=max(cores, concurrent), num_gpus=gpus, include_dashboard=False,
                  log_to_driver=False, object_store_memory=10**8, _temp_dir=str(scratch), logging_level=logging.ERROR,
                  runtime_env={"env_vars": {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}})
         try:
-            tune.Tuner(
+            tuner = tune.Tuner(
                 tune.with_resources(HealTrial, resources),
-                param_space=dict(flat=_flat(plan), folder=str(plan.folder), store=str(plan.store)),
+                param_space=dict(flat=to_flat(plan.settings), folder=str(plan.folder), store=str(plan.store)),
                 tune_config=tune.TuneConfig(search_alg=tuner_search, num_samples=count, reuse_actors=True,
                                             max_concurrent_trials=concurrent),
-                run_config=tune.RunConfig(name="run", storage_path=str(scratch), stop=Halt(), verbose=0),
-            ).fit()
+                run_config=tune.RunConfig(name="run", storage_path=str(scratch), stop=Halt(), verbose=0))
+            with _stop_signals(plan.folder) as stopped:  # after ray.init, which takes SIGTERM for itself
+                tuner.fit()
         finally:
             ray.shutdown()
             shutil.rmtree(scratch, ignore_errors=True)
     return bool(stopped), Halt.fatal
 
 
-def _flat(plan: Plan) -> dict[str, Any]:
-    from steerheal.settings import to_flat
-
-    return to_flat(plan.settings)
+def _scratch() -> Path:
+    """A folder for Ray's own files, short because its sockets allow 107 bytes; those of dead drivers are removed."""
+    root = Path(tempfile.gettempdir())
+    for old in root.glob("steerheal-*-*"):
+        pid = old.name.split("-")[1]
+        if pid.isdigit() and not Path(f"/proc/{pid}").exists():
+            shutil.rmtree(old, ignore_errors=True)
+    return Path(tempfile.mkdtemp(prefix=f"steerheal-{os.getpid()}-"))
 
 
 @contextlib.contextmanager

@@ -1,0 +1,110 @@
+"""What a user meets at the command line before anything heavy runs."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from steerheal import plan, spaces
+from steerheal.cli import merged_flags
+from steerheal.errors import UserError
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(*args, module="steerheal.search"):
+    done = subprocess.run([sys.executable, "-m", module, *args], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_list_shows_every_space_and_loads_nothing_heavy():
+    code, text = run("--list")
+    assert code == 0
+    for name in spaces.names():
+        assert name in text and spaces.load(name).hypothesis in text
+    check = ("import sys, steerheal.search, steerheal.plan; "
+             "print([m for m in ('torch', 'ray', 'optuna', 'transformers') if m in sys.modules])")
+    assert subprocess.run([sys.executable, "-c", check], cwd=ROOT, capture_output=True, text=True).stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("args,words", [
+    (["pareto_tua"], ["no such space", "did you mean pareto_tau"]),
+    (["quickstart", "--set", "heal.lamda=1"], ["heal.lamda", "did you mean heal.lam"]),
+    (["pareto_tau", "--set", "heal.tau=-1"], ["heal.tau", "at least 0"]),
+    (["quickstart", "--set", "heal.tau=0.5"], ["searches this setting"]),
+    (["quickstart", "--set", "heal.r=0", "generate.top_k=0", "rounds=-1"],
+     ["heal.r", "generate.top_k", "rounds", "3 problems"]),
+    (["quickstart", "--trials", "0", "--sampler", "magic"], ["--trials 0", "tpe, random"]),
+    (["quickstart", "--model", "no/such-model"], ["no/such-model", "smollm2-135m-instruct"]),
+])
+def test_bad_input_is_a_sentence_with_a_way_out(args, words, tmp_path):
+    code, text = run(*args, "--out", str(tmp_path))
+    assert code == 2, text
+    assert "Traceback" not in text
+    for word in words:
+        assert word in text
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_read_only_folder_is_a_sentence(tmp_path):
+    tmp_path.chmod(0o500)
+    code, text = run("quickstart", "--out", str(tmp_path / "x"))
+    assert code == 2 and "cannot write" in text and "Traceback" not in text
+
+
+def test_a_file_where_the_folder_should_be_is_a_sentence(tmp_path):
+    (tmp_path / "x").write_text("")
+    code, text = run("quickstart", "--out", str(tmp_path / "x"))
+    assert code == 2 and "cannot write" in text and "--out" in text and "Traceback" not in text
+
+
+def test_repeated_set_flags_add_up():
+    assert merged_flags(["a", "--set", "x=1", "y=2", "--name", "n", "--set", "z=3", "--set=w=4"], "--set") == [
+        "a", "--name", "n", "--set", "x=1", "y=2", "z=3", "w=4"]
+    assert merged_flags(["a"], "--set") == ["a"]
+
+
+def make(tmp_path, **kw):
+    given = dict(name=None, out=tmp_path, model="m", overrides={}, trials=None, rounds=None, sampler=None, seed=None) | kw
+    return plan.make("quickstart", **given)
+
+
+def test_overrides_are_remembered_and_changes_are_refused(tmp_path):
+    make(tmp_path, overrides={"heal.lam": 0.7}).write()
+    again = make(tmp_path)
+    assert again.settings.heal.lam == 0.7 and again.resumed
+    with pytest.raises(UserError, match=r"heal.lam: 0.7 there, 0.2 now"):
+        make(tmp_path, overrides={"heal.lam": 0.2})
+    with pytest.raises(UserError, match=r"model: 'm' there, 'other' now"):
+        make(tmp_path, model="other")
+    with pytest.raises(UserError, match=r"rounds: 2 there, 5 now"):
+        make(tmp_path, rounds=5)
+    assert make(tmp_path, overrides={"heal.micro_batch": 1}).settings.heal.micro_batch == 1  # speed may change
+    assert make(tmp_path, trials=50).trials == 50
+
+
+def test_a_torn_search_json_says_how_to_go_on(tmp_path):
+    make(tmp_path).write()
+    (tmp_path / "quickstart" / "search.json").write_text('{"identity":')
+    with pytest.raises(UserError, match="--restart"):
+        make(tmp_path)
+
+
+def test_presets_of_the_big_model():
+    s = plan.make("pareto_tau", name=None, out=Path("/nonexistent"), model="google/gemma-3-4b-it", overrides={}, trials=None,
+                  rounds=None, sampler=None, seed=None).settings
+    assert (s.rounds, s.generate.max_new_tokens, s.evaluate.items, s.steer.contexts) == (8, 512, "tinymfv:classic", 256)
+
+
+@pytest.mark.parametrize("module", ["steerheal.run", "steerheal.pick", "steerheal.doctor", "analysis.pareto"])
+def test_every_command_has_help(module):
+    code, text = run("--help", module=module)
+    assert code == 0 and len(text) > 50
+
+
+def test_pick_and_pareto_refuse_folders_that_are_no_search(tmp_path):
+    for module in ("steerheal.pick", "analysis.pareto"):
+        code, text = run(str(tmp_path), module=module)
+        assert code == 2 and "holds no ledger" in text and "Traceback" not in text

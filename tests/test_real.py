@@ -1,0 +1,77 @@
+"""The claims that only a real model can bear out, on SmolLM2-135M-Instruct."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from steerheal import history, models, personas, steering
+from steerheal.evaluation import conduct
+from steerheal.loop import HealLoop
+from steerheal.settings import from_flat
+from steerheal.stages import Store
+
+pytestmark = pytest.mark.real
+
+MODEL = "smollm2-135m-instruct"
+SMALL = {"model": MODEL, "rounds": 1, "steer.contexts": 32, "generate.prompts": 8, "generate.n_keep": 24,
+         "generate.max_new_tokens": 48, "heal.epochs": 2, "heal.lr": 5e-4, "heal.lam": 1.0, "evaluate.n_items": 14,
+         "evaluate.n_fluency": 16, "evaluate.fluency_tokens": 24, "evaluate.ladder": [1.0]}
+
+
+@pytest.fixture(scope="module")
+def lm():
+    return models.load(from_flat(SMALL))
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    return Store(tmp_path_factory.mktemp("stages"))
+
+
+def test_steering_moves_conduct_monotonically_and_its_control_hardly(lm):
+    persona = personas.load("authority")
+    vector = steering.extract(lm, *persona.systems, personas.contexts(64), lm.band(0.45, 0.55))
+    held_out = persona.conduct[32:]  # had no part in choosing the persona pair
+    found = [conduct.evaluate(lm, held_out, personas.controls(16), vector=vector, dose=d).tensors
+             for d in (-4.0, -2.0, 0.0, 2.0, 4.0)]
+    trait = [float(t["conduct"].mean()) for t in found]
+    control = [float(t["control"].mean()) for t in found]
+    assert trait == sorted(trait)
+    assert trait[-1] - trait[0] > 0.5
+    assert np.ptp(control) < 0.25 * np.ptp(trait)
+
+
+def test_healing_keeps_the_trait_and_a_tight_barrier_takes_it(lm, store):
+    rounds = {}
+    for tau in (0.03, 1.0):
+        loop = HealLoop(from_flat(SMALL | {"heal.tau": tau}), lm, store)
+        rounds[tau] = next(iter(loop.rounds()))
+    loose, tight = rounds[1.0].outcome, rounds[0.03].outcome
+    assert loop.baselines().trait.metric == "conduct_nats"  # SmolLM2 cannot do the forced choice
+    assert loose.trait_gain_low > 0 and loose.deliverable
+    assert tight.trait_gain < loose.trait_gain
+    assert rounds[0.03].details["duty"] > rounds[1.0].details["duty"]
+    assert 1.0 < loop.baselines().edge < 16.0
+
+
+def test_an_exported_adapter_gives_the_logits_that_were_scored(lm, store, tmp_path):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    from steerheal.weights import locate
+
+    loop = HealLoop(from_flat(SMALL | {"heal.tau": 1.0}), lm, store)
+    chain = next(iter(loop.rounds())).chain
+    loop._be(chain)
+    ids = torch.tensor([lm.tokenizer("The inspector looked at the gate and").input_ids])
+    with torch.no_grad():
+        scored = lm.model(ids).logits
+        factors = history.fold([history.from_tensors(loop.stored(d).tensors) for d in chain])
+        history.export(factors, tmp_path / "adapter", MODEL)
+        base = AutoModelForCausalLM.from_pretrained(locate(MODEL), dtype=torch.bfloat16)
+        plain = base(ids).logits
+        loaded = PeftModel.from_pretrained(base, tmp_path / "adapter")(ids).logits
+    assert torch.equal(loaded, scored)
+    assert not torch.equal(loaded, plain)

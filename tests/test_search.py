@@ -1,0 +1,196 @@
+"""Real Ray Tune searches on a tiny model: what is promised about interruption, extension and refusal."""
+
+from __future__ import annotations
+
+import collections
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from conftest import TINY
+
+from steerheal import ledger, searcher
+from steerheal.stages import Store
+
+pytestmark = pytest.mark.search
+
+ROOT = Path(__file__).parent.parent
+
+
+def command(model, out, *extra, trials=3):
+    overrides = [f"{k}={json.dumps(v) if not isinstance(v, str) else v}" for k, v in TINY.items() if k != "rounds"]
+    return [sys.executable, "-m", "steerheal.search", "quickstart", "--model", str(model), "--out", str(out), "--trials",
+            str(trials), "--rounds", "2", *extra, "--set", *overrides]
+
+
+def start(*args, **kw):
+    return subprocess.Popen(command(*args, **kw), cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                            start_new_session=True)
+
+
+def run(*args, **kw):
+    process = start(*args, **kw)
+    return process.communicate(timeout=300)[0], process.returncode
+
+
+def table(out):
+    return pd.read_parquet(out / "quickstart" / "ledger.parquet").drop(columns=["state"])
+
+
+def events(out):
+    return [json.loads(line) for path in (out / "quickstart" / "events").glob("*.jsonl")
+            for line in path.read_text().splitlines()]
+
+
+def computed(out):
+    return collections.Counter(e["digest"] for e in events(out) if e["kind"] == "computed")
+
+
+def wait_for(out, condition, process):
+    for _ in range(1200):
+        if process.poll() is not None:
+            pytest.fail(f"the search ended too early:\n{process.stdout.read()}")
+        if condition(events(out)):
+            return
+        time.sleep(0.05)
+    pytest.fail("waited a minute for nothing")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny_folder, tmp_path_factory):
+    out = tmp_path_factory.mktemp("undisturbed")
+    text, code = run(tiny_folder, out)
+    assert code == 0, text
+    return out, text
+
+
+def test_a_search_leaves_everything_it_promises(undisturbed):
+    out, text = undisturbed
+    folder = out / "quickstart"
+    for name in ("study.db", "ledger.parquet", "ledger.csv", "front.csv", "baselines.csv", "pareto.png", "search.json"):
+        assert (folder / name).stat().st_size > 0, name
+    rows = table(out)
+    assert sorted(set(rows["trial"])) == [0, 1, 2] and len(rows) == 6
+    front = rows[rows["front"]]
+    assert len(front) and "Pareto front" in text
+    adapters = {p.parent.relative_to(folder / "adapters") for p in (folder / "adapters").rglob("adapter_config.json")}
+    assert adapters == {Path(str(t)) / f"r{r}" for t, r in zip(front["trial"], front["round"])}
+    assert max(computed(out).values()) == 1
+
+
+def test_a_stage_is_computed_by_one_trial_and_read_by_the_others(undisturbed):
+    out, _ = undisturbed
+    by_trial = collections.defaultdict(set)
+    for e in events(out):
+        if e["kind"] == "computed":
+            by_trial[e["trial"]].add(e["stage"])
+    assert "vector" in by_trial[0] and "completions" in by_trial[0]
+    later = [e for e in events(out) if e["kind"] == "computed" and e["trial"] > 0]
+    assert not any(e["where"] in ("base", "persona as a prompt") for e in later)
+
+
+def test_the_same_command_again_computes_nothing(undisturbed, tiny_folder):
+    out, _ = undisturbed
+    before, rows = computed(out), table(out)
+    text, code = run(tiny_folder, out)
+    assert code == 0 and "every trial is finished" in text
+    assert computed(out) == before
+    pd.testing.assert_frame_equal(table(out), rows)
+
+
+def test_another_search_over_the_same_ground_replays(undisturbed, tiny_folder):
+    out, _ = undisturbed
+    total = len(computed(out))
+    text, code = run(tiny_folder, out, "--name", "again", trials=1)
+    assert code == 0 and "stages: 0 computed" in text, text
+    assert len(computed(out)) == total
+
+
+def test_killing_the_driver_loses_nothing_and_repeats_nothing(undisturbed, tiny_folder, tmp_path):
+    process = start(tiny_folder, tmp_path)
+    # in the middle of trial 1's work, after at least one of its stages is stored
+    wait_for(tmp_path, lambda es: any(e["trial"] == 1 and e["kind"] == "computed" for e in es), process)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    text, code = run(tiny_folder, tmp_path)
+    assert code == 0, text
+    assert max(computed(tmp_path).values()) == 1
+    pd.testing.assert_frame_equal(table(tmp_path), table(undisturbed[0]))
+    study = ledger.open_study(tmp_path / "quickstart")
+    assert not [t for t in study.trials if t.state.name == "RUNNING"]
+
+
+def test_ctrl_c_stops_at_the_next_stage_and_says_how_to_go_on(undisturbed, tiny_folder, tmp_path):
+    process = start(tiny_folder, tmp_path)
+    wait_for(tmp_path, lambda es: any(e["kind"] == "computed" for e in es), process)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to every process of the job
+    text = process.communicate(timeout=120)[0]
+    assert process.returncode == 75, text
+    assert "the same command goes on" in text and "Traceback" not in text
+    text, code = run(tiny_folder, tmp_path)
+    assert code == 0, text
+    assert max(computed(tmp_path).values()) == 1
+    pd.testing.assert_frame_equal(table(tmp_path), table(undisturbed[0]))
+
+
+def test_extending_adds_trials_and_keeps_the_old_ones(undisturbed, tiny_folder, tmp_path):
+    text, code = run(tiny_folder, tmp_path, trials=1)
+    assert code == 0, text
+    text, code = run(tiny_folder, tmp_path, trials=3)
+    assert code == 0, text
+    pd.testing.assert_frame_equal(table(tmp_path), table(undisturbed[0]))
+
+
+def test_a_resume_that_differs_is_refused_field_by_field(undisturbed, tiny_folder):
+    out, _ = undisturbed
+    text, code = run(tiny_folder, out, "--seed", "5", "--sampler", "random")
+    assert code == 2 and "--seed: 0 there, 5 now" in text and "sampler: 'tpe' there, 'random' now" in text
+    assert "--name" in text and "--restart" in text and "Traceback" not in text
+
+
+def test_a_second_driver_is_locked_out(tiny_folder, tmp_path):
+    process = start(tiny_folder, tmp_path)
+    wait_for(tmp_path, lambda es: bool(es), process)
+    text, code = run(tiny_folder, tmp_path)
+    os.kill(process.pid, signal.SIGTERM)
+    stopped = process.communicate(timeout=120)[0]
+    assert code == 2 and "in use by another" in text
+    assert process.returncode == 75, stopped
+
+
+def test_a_damaged_stage_is_named_and_recomputed(undisturbed, tiny_folder):
+    out, _ = undisturbed
+    store = Store(out / ".stages")
+    digest = next(e["digest"] for e in events(out) if e["kind"] == "computed" and e["stage"] == "conduct")
+    path = store.path(digest)
+    path.write_bytes(path.read_bytes()[:-10])
+    text, code = run(tiny_folder, out, "--name", "damaged", trials=3)
+    assert code == 0, text
+    assert "fails its checksum" in text and "1 damaged and computed again" in text
+
+
+def test_what_interrupted_runs_leave_open_is_closed(tmp_path):
+    import optuna
+
+    study = optuna.create_study(study_name="steerheal", storage=ledger.storage_url(tmp_path),
+                                directions=["maximize", "maximize"])
+    space = {"heal.tau": optuna.distributions.FloatDistribution(0.1, 1.0)}
+    s = searcher.StudySearcher(study, space, [0, 1, 2], {}, "tpe", 0)
+    asked = [s.suggest(f"t{i}") for i in range(3)]
+    assert s.suggest("more") == searcher.StudySearcher.FINISHED
+    row = dict(round=0, trait_gain=0.5, coherence_kept=0.9, violation=-0.05)
+    s.on_trial_complete("t0", dict(end="rounds", row=json.dumps(row)))
+    s.on_trial_complete("t1", dict(end="rounds", row=json.dumps(row | dict(trait_gain=float("nan")))))
+    retries = searcher.recover(study)
+    assert searcher.missing(study, 4) == [1, 2, 3]
+    assert retries == {1: asked[1]["params"], 2: asked[2]["params"]}
+    again = searcher.StudySearcher(study, space, [1, 2, 3], retries, "tpe", 0)
+    assert again.suggest("a") == asked[1] and again.suggest("b") == asked[2]
+    fresh = searcher.StudySearcher(optuna.create_study(directions=["maximize"] * 2), space, [0, 1, 2], {}, "tpe", 0)
+    assert [fresh.suggest(str(i)) for i in range(3)] == asked

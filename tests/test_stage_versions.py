@@ -1,0 +1,49 @@
+"""A stage's code decides its results, so changed code must not replay old ones.
+
+When this test fails: raise the stage's number in steerheal.stages.VERSIONS if results change (old results are then never
+read again), and in either case write the new hashes down with  python tests/test_stage_versions.py
+"""
+
+import ast
+import hashlib
+import json
+from pathlib import Path
+
+from steerheal.stages import VERSIONS
+
+ROOT = Path(__file__).parent.parent / "steerheal"
+RECORD = Path(__file__).parent / "stage_sources.json"
+SHARED = ("chat.py", "forward.py", "models.py")
+SOURCES = {
+    "vector": ("steering.py", *SHARED),
+    "completions": ("generation.py", "steering.py", "history.py", *SHARED),
+    "scores": ("filtering.py", "history.py", *SHARED),
+    "heal": ("healing.py", "divergence.py", "history.py", *SHARED),
+    "foundations": ("evaluation/foundations.py", "generation.py", "steering.py", "history.py", *SHARED),
+    "conduct": ("evaluation/conduct.py", "steering.py", "history.py", *SHARED),
+    "fluency": ("evaluation/fluency.py", "filtering.py", "generation.py", "steering.py", "history.py", *SHARED),
+}
+
+
+def code_hash(path):
+    """Of the syntax tree without docstrings, so that comments and layout may change freely."""
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list) and body and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
+            body[0].value.value = ""
+    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:16]
+
+
+def current():
+    return {stage: dict(version=VERSIONS[stage], sources={f: code_hash(ROOT / f) for f in files})
+            for stage, files in SOURCES.items()}
+
+
+def test_changed_stage_code_was_looked_at():
+    assert set(SOURCES) == set(VERSIONS)
+    assert current() == json.loads(RECORD.read_text()), __doc__
+
+
+if __name__ == "__main__":
+    RECORD.write_text(json.dumps(current(), indent=1) + "\n")
