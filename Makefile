@@ -26,6 +26,7 @@ test: $(VENV)/.installed  ## every test: fast, then on the real model, then with
 test-fast: $(VENV)/.installed  ## the fast tests alone, in seconds
 	$(BIN)/python -m pytest -m "not real and not search"
 
-lint: $(VENV)/.installed  ## ruff and mypy
+lint: $(VENV)/.installed  ## ruff, mypy, and the trait files
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/python -m steerheal.persona_lint

@@ -47,24 +47,16 @@ class Completion:
 
 @torch.no_grad()
 def generate(lm: LM, prompts: Sequence[list[int]], sampling: Sampling, seeds: Sequence[int] | None = None,
-             vector: Vector | None = None, doses: Sequence[float] | None = None,
-             stop: bool = True) -> list[Completion]:
-    """One completion per prompt.
+             vector: Vector | None = None, doses: Sequence[float] | None = None) -> list[Completion]:
+    """One completion per prompt; a row ends at its first end token.
 
     Args:
         prompts: token ids of each row, up to the assistant tag.
         seeds: one per row; required unless greedy.
         vector, doses: steering, one dose per row.
-        stop: False never ends a row: the end tokens are not drawn (thinking with a fixed budget).
     """
     rows = len(prompts)
-    width = max(map(len, prompts))
-    ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=lm.device)
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=lm.device)
-    position = (mask.cumsum(1) - 1).clamp(min=0)
-    banned = lm.banned
-    if not stop:
-        banned = torch.cat([banned, torch.tensor(sorted(lm.eos_ids), device=lm.device)])
+    ids, mask, position = _left_padded(lm, prompts)
     uniforms = _uniforms(seeds, rows, sampling.max_new_tokens) if sampling.temperature > 0 else None
     ends = torch.tensor(sorted(lm.eos_ids), device=lm.device)
     cache = DynamicCache(config=lm.model.config.get_text_config())
@@ -79,26 +71,79 @@ def generate(lm: LM, prompts: Sequence[list[int]], sampling: Sampling, seeds: Se
             out = lm.decoder(input_ids=ids, attention_mask=mask, position_ids=position, past_key_values=cache,
                              use_cache=True)
             logits = lm.logits(out.last_hidden_state[:, -1])
-            logits[:, banned] = -torch.inf
+            logits[:, lm.banned] = -torch.inf
             token = _draw(logits, sampling, None if uniforms is None else uniforms[alive.cpu(), step].to(lm.device))
             drawn[alive, step] = token
-            if stop:
-                ended = torch.isin(token, ends) & running
-                length[alive[ended]] = step
-                running &= ~ended
-                left = int(running.sum())
-                if left == 0:
-                    break
-                if left <= COMPACT * len(alive):
-                    keep = running.nonzero()[:, 0]
-                    cache.batch_select_indices(keep)
-                    alive, mask, position, token = alive[keep], mask[keep], position[keep], token[keep]
-                    running = running[keep]
-                    dial.dose = dial.dose[keep]
+            ended = torch.isin(token, ends) & running
+            length[alive[ended]] = step
+            running &= ~ended
+            left = int(running.sum())
+            if left == 0:
+                break
+            if left <= COMPACT * len(alive):
+                keep = running.nonzero()[:, 0]
+                cache.batch_select_indices(keep)
+                alive, mask, position, token = alive[keep], mask[keep], position[keep], token[keep]
+                running = running[keep]
+                dial.dose = dial.dose[keep]
             ids = token[:, None]
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
             position = position[:, -1:] + 1
     return [Completion(row[:n], row[n] if n < len(row) else None) for row, n in zip(drawn.tolist(), length.tolist())]
+
+
+@dataclass
+class Thoughts:
+    """What `think` saw. Thoughts are ids [rows][budget]; log-probabilities are float32, over the whole vocabulary."""
+
+    ids: list[list[int]]
+    logp: Tensor  # [rows, budget] of each thought
+    watched: Tensor  # [rows, budget, watched] of the watched ids at each thought's place
+    states: Tensor  # [rows, len(suffix) + 1, d]: state i predicts suffix[i], the last one what follows the suffix
+
+
+@torch.no_grad()
+def think(lm: LM, prompts: Sequence[list[int]], budget: int, suffix: list[int], watch: Sequence[int],
+          never: Sequence[int] = (), vector: Vector | None = None, dose: float = 0.0) -> Thoughts:
+    """`budget` greedy tokens per prompt, none of them an end token, and then `suffix`, read behind the same cache.
+
+    Args:
+        suffix: ids that follow every row's thoughts.
+        watch: ids whose log-probability is recorded at every step.
+        never: further ids that are not drawn, such as the end of a thinking block.
+    """
+    ids, mask, position = _left_padded(lm, prompts)
+    unwanted = torch.tensor(sorted({*lm.eos_ids, *never, *lm.banned.tolist()}), device=lm.device)
+    cache = DynamicCache(config=lm.model.config.get_text_config())
+    drawn, logp, watched = [], [], []
+
+    def run(ids: Tensor, fresh: int) -> Tensor:
+        """States of `ids`; mask and positions then make room for `fresh` further tokens."""
+        nonlocal mask, position
+        states = lm.decoder(input_ids=ids, attention_mask=mask, position_ids=position, past_key_values=cache,
+                            use_cache=True).last_hidden_state
+        mask = torch.cat([mask, mask.new_ones(len(mask), fresh)], dim=1)
+        position = position[:, -1:] + torch.arange(1, fresh + 1, device=lm.device)
+        return states
+
+    with steered(lm, vector, dose):
+        for step in range(budget):
+            logps = lm.logits(run(ids, 1 if step < budget - 1 else 1 + len(suffix))[:, -1]).log_softmax(-1)
+            ids = logps.index_fill(1, unwanted, -torch.inf).argmax(-1)[:, None]
+            drawn.append(ids)
+            logp.append(logps.gather(1, ids)[:, 0])
+            watched.append(logps[:, list(watch)])
+        tail = torch.tensor([suffix] * len(prompts), device=lm.device)
+        states = run(torch.cat([ids, tail], dim=1), 0)
+    return Thoughts(torch.cat(drawn, dim=1).tolist(), torch.stack(logp, 1).cpu(), torch.stack(watched, 1).cpu(), states)
+
+
+def _left_padded(lm: LM, prompts: Sequence[list[int]]) -> tuple[Tensor, Tensor, Tensor]:
+    """(ids, attention mask, positions), each [rows, longest]; padding sees nothing and is not seen."""
+    width = max(map(len, prompts))
+    ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=lm.device)
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=lm.device)
+    return ids, mask, (mask.cumsum(1) - 1).clamp(min=0)
 
 
 def _draw(logits: Tensor, sampling: Sampling, uniform: Tensor | None) -> Tensor:

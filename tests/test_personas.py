@@ -1,32 +1,12 @@
 import collections
-import itertools
 import json
-import re
 
 import pytest
 
-from steerheal import personas
+from steerheal import persona_lint, personas
 from steerheal.errors import UserError
+from steerheal.persona_lint import shared_runs, without_question
 from steerheal.personas import DATA, FOUNDATIONS
-
-
-def grams(text, n=5):
-    words = re.findall(r"[a-z0-9']+", text.lower())
-    return {tuple(words[i : i + n]) for i in range(len(words) - n + 1)}
-
-
-def without_question(text):
-    """A dilemma without its closing question, which many share."""
-    return re.sub(r"[^.!?]*\?\s*$", "", text)
-
-
-def shared(texts):
-    """Pairs of texts with a run of five words in common."""
-    seen = collections.defaultdict(set)
-    for i, text in enumerate(texts):
-        for gram in grams(text):
-            seen[gram].add(i)
-    return {pair for where in seen.values() for pair in itertools.combinations(sorted(where), 2)}
 
 
 def test_vignettes_are_balanced_and_all_different():
@@ -34,44 +14,51 @@ def test_vignettes_are_balanced_and_all_different():
     assert collections.Counter(r["foundation"] for r in rows) == {f: 20 for f in FOUNDATIONS}
     assert len({r["id"] for r in rows}) == 140
     assert all(r["text"].startswith("You see") and r["text"].count(".") == 1 for r in rows)
-    assert not shared([r["text"] for r in rows] + [s.text for s in personas.shots(14)])
+    assert not shared_runs([r["text"] for r in rows] + [s.text for s in personas.shots(14)])
     assert collections.Counter(s.foundation for s in personas.shots(7)) == {f: 1 for f in FOUNDATIONS}
 
 
 def test_contexts_and_fluency_prompts():
     texts = personas.contexts(256)
     assert len(texts) == 256 and len(personas.fluency_prompts(64)) == 64
-    assert not shared(texts + personas.fluency_prompts(64))
+    assert not shared_runs(texts + personas.fluency_prompts(64))
     kinds = [json.loads(line)["kind"] for line in (DATA / "contexts.jsonl").read_text().splitlines()]
     assert all(len(set(kinds[i : i + 10])) == 10 for i in range(0, 250, 10))
 
 
-def test_held_out_dilemmas_never_recur_among_those_generated_from():
-    p = personas.load("authority")
-    assert len(p.dilemmas) == 48 and len(p.conduct) == 48
-    every = [without_question(t) for t in (*p.dilemmas, *(d.prompt for d in p.conduct),
-                                           *(d.prompt for d in personas.controls(48)))]
-    assert not shared(every)
+BUILTIN = sorted(p.stem for p in (DATA / "personas").glob("*.toml"))
 
 
-def test_replies_are_matched_in_length():
-    pairs = [pair for d in (*personas.load("authority").conduct, *personas.controls(48)) for pair in d.pairs]
-    for enact, oppose in pairs:
-        assert abs(len(enact.split()) - len(oppose.split())) <= 1
-        assert abs(len(enact) - len(oppose)) <= 0.1 * max(len(enact), len(oppose))
-
-
-def test_no_ready_reply_trips_the_filter():
-    p = personas.load("authority")
-    for text in (t for d in p.conduct for pair in d.pairs for t in pair):
-        assert not any(pattern.search(text) for pattern in (*p.narration, *p.refusal)), text
-
-
-def test_personas_are_a_proper_pair():
-    p = personas.load("authority")
-    assert abs(len(p.positive.split()) - len(p.negative.split())) <= 1
-    assert not re.search(r"\b(not|never|no)\b|n't", p.positive + " " + p.negative)
+@pytest.mark.parametrize("name", BUILTIN)
+def test_builtin_traits_are_proper_and_complete(name):
+    p = personas.load(name)
+    assert persona_lint.problems(p) == []
+    assert len(p.dilemmas) == 48 and len(p.conduct) == 48 and all(len(d.pairs) == 2 for d in p.conduct)
     assert p.systems[0] == f"You are {p.positive}."
+
+
+def test_controls_are_matched_and_stand_apart():
+    controls = personas.controls(48)
+    for (a, b), in (d.pairs for d in controls):
+        assert abs(len(a.split()) - len(b.split())) <= 1 and persona_lint._apart(a, b) <= 0.1
+    for name in BUILTIN:
+        p = personas.load(name)
+        assert not shared_runs([without_question(t) for t in (*p.dilemmas, *(d.prompt for d in p.conduct),
+                                                              *(d.prompt for d in controls))])
+
+
+def test_the_linter_sees_improper_traits():
+    import dataclasses
+
+    p = personas.load("authority")
+    bad = dataclasses.replace(
+        p, positive="someone who does not obey", negative="an obedient one that follows every single order it is given",
+        dilemmas=(*p.dilemmas, p.conduct[0].prompt),
+        conduct=(*p.conduct, personas.Dilemma("A new one?", (("I am someone who helps.", "I go."),))))
+    text = "\n".join(persona_lint.problems(bad))
+    for words in ("'not' negates", "differ by more than one word in length", "stand in both", "conduct[48].pairs[0]: lengths",
+                  "a filter pattern would drop"):
+        assert words in text
 
 
 def test_stratified_samples_are_nested_and_fixed():

@@ -194,3 +194,46 @@ def test_what_interrupted_runs_leave_open_is_closed(tmp_path):
     assert again.suggest("a") == asked[1] and again.suggest("b") == asked[2]
     fresh = searcher.StudySearcher(optuna.create_study(directions=["maximize"] * 2), space, [0, 1, 2], {}, "tpe", 0)
     assert [fresh.suggest(str(i)) for i in range(3)] == asked
+
+
+def test_restart_moves_the_folder_aside_and_the_store_stays(undisturbed, tiny_folder):
+    out, _ = undisturbed
+    total = len(computed(out))
+    text, code = run(tiny_folder, out, "--name", "again", "--restart", trials=1)
+    assert code == 0 and "stages: 0 computed" in text, text
+    assert len(list(out.glob("again.*"))) == 1 and (out / "again" / "front.csv").exists()
+    assert len(computed(out)) == total
+
+
+def test_picking_from_the_front(undisturbed, tmp_path):
+    out, _ = undisturbed
+
+    def pick(*args):
+        done = subprocess.run([sys.executable, "-m", "steerheal.pick", str(out / "quickstart"), *args], cwd=ROOT, text=True,
+                              capture_output=True, timeout=120)
+        return done.returncode, done.stdout + done.stderr
+
+    code, text = pick("--min-coherence", "0.5", "--export", str(tmp_path / "mine"))
+    assert code == 0 and (tmp_path / "mine" / "adapter_config.json").exists(), text
+    code, text = pick("--index", "99")
+    assert code == 2 and "allowed: 0 to" in text
+    code, text = pick("--min-coherence", "2")
+    assert code == 2 and "the front's best is" in text
+    code, text = pick("--index", "0", "--export", str(tmp_path / "mine"))
+    assert code == 2 and "exists already" in text
+
+
+def test_one_loop_without_a_search_gives_the_searchs_numbers(undisturbed, tiny_folder, tmp_path):
+    out, _ = undisturbed
+    first = table(out).iloc[0]
+    from search_spaces import quickstart
+
+    flat = quickstart.BASE | TINY | {"heal.tau": float(first["heal.tau"])}
+    overrides = [f"{k}={json.dumps(v) if not isinstance(v, str) else v}" for k, v in flat.items()]
+    done = subprocess.run([sys.executable, "-m", "steerheal.run", "--model", str(tiny_folder), "--store",
+                           str(out / ".stages"), "--export", str(tmp_path / "a"), "--set", *overrides],
+                          cwd=ROOT, text=True, capture_output=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert f"trait gain {first['trait_gain']:+.3f}" in done.stdout
+    assert not [line for line in done.stdout.splitlines() if line.startswith("  ")]  # nothing was computed
+    assert (tmp_path / "a" / "adapter_config.json").exists()

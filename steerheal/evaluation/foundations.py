@@ -14,14 +14,15 @@ the vignette stands before the list, and `think_tokens` of greedy thinking prece
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 
 from steerheal import chat
 from steerheal.errors import UserError
 from steerheal.forward import hidden_states
-from steerheal.generation import generate, greedy
+from steerheal.generation import think
 from steerheal.models import LM
 from steerheal.personas import FOUNDATIONS, Vignette
 from steerheal.personas import shots as worked_examples
@@ -41,64 +42,121 @@ GLOSSES = {
 }
 THINK_OPEN, THINK_CLOSE = "<think>\n", "</think>"
 INTERRUPTION = "Just answer"
+ROWS = 32  # vignettes that think together
+
+
+@dataclass(frozen=True)
+class Wording:
+    """The words of the question; everything else of the protocol is fixed.
+
+    user: (vignette, foundations as listed) -> the user turn.
+    answers: foundations as listed -> the answer that stands for each.
+    interruption: what follows the thoughts, up to where the prefilled answer begins, as text.
+    """
+
+    user: Callable[[str, Sequence[str]], str]
+    answers: Callable[[Sequence[str]], Sequence[str]]
+    interruption: Callable[[LM], str]
 
 
 def evaluate(lm: LM, items: Sequence[Vignette], *, n_shots: int, think_tokens: int, system: str = chat.NEUTRAL,
-             vector: Vector | None = None, dose: float = 0.0) -> Result:
+             vector: Vector | None = None, dose: float = 0.0, wording: Wording | None = None) -> Result:
     """Ask every vignette in both frames.
 
+    An answer that the model gives by itself, prefill included, within its thinking budget is read where it stands;
+    otherwise it is interrupted. Neither an end token nor the end of a thinking block can be thought, so that every
+    state, steered or not, is read at the same place.
+
     Returns:
-        tensors: logp [items, 2 frames, 7] at the answer slot, prefill_nll [items, 2] in nats per token.
+        tensors: logp [items, 2 frames, 7] at the answer slot, prefill_nll [items, 2] in nats per token,
+        natural [items, 2] 1 where the model answered by itself.
         record: ids and foundations of the items, in order.
     """
-    answers = answer_ids(lm)
-    logp = torch.empty(len(items), 2, len(FOUNDATIONS))
-    prefill_nll = torch.empty(len(items), 2)
-    prefill = chat.plain(lm.tokenizer, PREFILL)
+    wording = wording or OURS
+    n = len(items)
+    out = dict(logp=torch.empty(n, 2, len(FOUNDATIONS)), prefill_nll=torch.empty(n, 2), natural=torch.zeros(n, 2))
     for frame, order in enumerate((FOUNDATIONS, FOUNDATIONS[::-1])):
-        prompts = [_prompt(lm, v, order, n_shots, system) for v in items]
-        if think_tokens:
-            prompts = _think(lm, prompts, think_tokens, vector, dose)
-        sequences = [p + prefill for p in prompts]
-        with steered(lm, vector, dose), torch.no_grad():
-            for i, states in hidden_states(lm, sequences, [len(p) - 1 for p in prompts]):
-                logps = lm.logits(states).log_softmax(-1)
-                logp[i, frame] = logps[-1, answers].cpu()
-                targets = torch.tensor(prefill, device=logps.device)
-                prefill_nll[i, frame] = -logps[:-1].gather(1, targets[:, None]).mean().cpu()
-    return Result(dict(ids=[v.id for v in items], foundations=[v.foundation for v in items]),
-                  dict(logp=logp, prefill_nll=prefill_nll))
+        answers = answer_ids(lm, wording.answers(order))
+        by_foundation = [answers[order.index(f)] for f in FOUNDATIONS]
+        prompts = [_prompt(lm, v, order, n_shots, system, wording) for v in items]
+        read = _think_and_read if think_tokens else _read
+        for i, logp, nll, natural in read(lm, prompts, by_foundation, think_tokens, vector, dose, wording):
+            out["logp"][i, frame], out["prefill_nll"][i, frame], out["natural"][i, frame] = logp, nll, natural
+    return Result(dict(ids=[v.id for v in items], foundations=[v.foundation for v in items]), out)
 
 
-def answer_ids(lm: LM) -> list[int]:
-    """First token of each foundation where it stands in the answer: after the prefill, encoded together with it.
+def _read(lm: LM, prompts: list[list[int]], answers: list[int], think_tokens: int, vector: Vector | None, dose: float,
+          wording: Wording):
+    """Answer at once: (item, logp of the answers, prefill NLL, 0) for every prompt."""
+    prefill = chat.plain(lm.tokenizer, PREFILL)
+    with steered(lm, vector, dose), torch.no_grad():
+        for i, states in hidden_states(lm, [p + prefill for p in prompts], [len(p) - 1 for p in prompts]):
+            yield i, *_slot(lm, states, prefill, answers), 0.0
+
+
+def _think_and_read(lm: LM, prompts: list[list[int]], answers: list[int], think_tokens: int, vector: Vector | None,
+                    dose: float, wording: Wording):
+    """Think, then answer; as `_read`, the last entry 1 where the model answered within its thoughts."""
+    prefill = chat.plain(lm.tokenizer, PREFILL)
+    interruption = chat.plain(lm.tokenizer, THINK_CLOSE + wording.interruption(lm))
+    closing = chat.plain(lm.tokenizer, THINK_CLOSE)
+    opened = [p + chat.plain(lm.tokenizer, THINK_OPEN) for p in prompts]
+    by_length = sorted(range(len(opened)), key=lambda i: len(opened[i]))
+    for start in range(0, len(by_length), ROWS):
+        rows = by_length[start : start + ROWS]
+        seen = think(lm, [opened[i] for i in rows], think_tokens, interruption + prefill, answers,
+                     closing if len(closing) == 1 else (), vector, dose)
+        for row, i in enumerate(rows):
+            found = natural_answer(lm, seen.ids[row])
+            if found is None:
+                yield i, *_slot(lm, seen.states[row, len(interruption) :], prefill, answers), 0.0
+            else:
+                first, slot = found
+                yield i, seen.watched[row, slot], -seen.logp[row, first:slot].mean(), 1.0
+
+
+def _slot(lm: LM, states: torch.Tensor, prefill: list[int], answers: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """(logp of the answers, mean NLL of the prefill) from the states that predict the prefill and what follows it."""
+    logps = lm.logits(states).log_softmax(-1)
+    targets = torch.tensor(prefill, device=logps.device)
+    return logps[-1, answers].cpu(), -logps[:-1].gather(1, targets[:, None]).mean().cpu()
+
+
+def natural_answer(lm: LM, thoughts: list[int]) -> tuple[int, int] | None:
+    """(first token of the prefill, answer slot) where the thoughts hold the whole prefill and a token after it."""
+    text = lm.tokenizer.decode(thoughts)
+    start = str(text).find(PREFILL)
+    if start < 0:
+        return None
+    lengths = [len(str(lm.tokenizer.decode(thoughts[: i + 1]))) for i in range(len(thoughts))]
+    first = next(i for i, n in enumerate(lengths) if n > start)
+    slot = next(i for i, n in enumerate(lengths) if n >= start + len(PREFILL)) + 1
+    return (first, slot) if slot < len(thoughts) else None
+
+
+def answer_ids(lm: LM, answers: Sequence[str]) -> list[int]:
+    """First token of each answer where it stands: after the prefill, encoded together with it.
 
     Raises:
-        UserError: two foundations share their first token, so this tokenizer cannot tell them apart.
+        UserError: two answers share their first token, so this tokenizer cannot tell them apart.
     """
     open_ids = chat.plain(lm.tokenizer, PREFILL)
     ids = []
-    for f in FOUNDATIONS:
-        together = chat.plain(lm.tokenizer, PREFILL + f)
+    for answer in answers:
+        together = chat.plain(lm.tokenizer, PREFILL + answer)
         clean = together[: len(open_ids)] == open_ids
-        ids.append(together[len(open_ids)] if clean else chat.plain(lm.tokenizer, f)[0])
+        ids.append(together[len(open_ids)] if clean else chat.plain(lm.tokenizer, answer)[0])
     if len(set(ids)) < len(ids):
-        clash = [f"{f} -> {lm.tokenizer.decode([i])!r}" for f, i in zip(FOUNDATIONS, ids) if ids.count(i) > 1]
+        clash = [f"{a} -> {lm.tokenizer.decode([i])!r}" for a, i in zip(answers, ids) if ids.count(i) > 1]
         raise UserError(f"model {lm.name}: its tokenizer gives two foundations the same first token "
                         f"({', '.join(clash)}); the forced choice cannot be read on this model.")
     return ids
 
 
-def _schema(order: Sequence[str]) -> str:
-    lines = "\n".join(f'  "{f}",  # {GLOSSES[f]}' for f in order)
-    return f'Answer with JSON, {{"violation": FOUNDATION}}, where FOUNDATION is one of\n[\n{lines}\n]'
-
-
-def _prompt(lm: LM, vignette: Vignette, order: Sequence[str], n_shots: int, system: str) -> list[int]:
+def _prompt(lm: LM, vignette: Vignette, order: Sequence[str], n_shots: int, system: str, wording: Wording) -> list[int]:
     """Ids up to the assistant tag after the vignette."""
     if not n_shots:
-        user = f"{QUESTION}\n\n> {vignette.text}\n\n{_schema(order)}"
-        return chat.prompt(lm.tokenizer, user, system)
+        return chat.prompt(lm.tokenizer, wording.user(vignette.text, order), system)
     turns: list[chat.Turn] = []
     for i, shot in enumerate(worked_examples(n_shots)):
         head = f"{QUESTION} {_schema(order)}\n\n" if i == 0 else ""
@@ -107,15 +165,16 @@ def _prompt(lm: LM, vignette: Vignette, order: Sequence[str], n_shots: int, syst
     return chat.encode(lm.tokenizer, chat.text(lm.tokenizer, system, turns))
 
 
-def _think(lm: LM, prompts: list[list[int]], budget: int, vector: Vector | None, dose: float) -> list[list[int]]:
-    """Prompts followed by `budget` greedy tokens, the interrupting user turn and a new assistant tag."""
-    opened = [p + chat.plain(lm.tokenizer, THINK_OPEN) for p in prompts]
+def _schema(order: Sequence[str]) -> str:
+    lines = "\n".join(f'  "{f}",  # {GLOSSES[f]}' for f in order)
+    return f'Answer with JSON, {{"violation": FOUNDATION}}, where FOUNDATION is one of\n[\n{lines}\n]'
+
+
+def _interruption(lm: LM) -> str:
+    """The rest of the assistant turn, the user's interruption, a new assistant tag."""
     sentinel = "ASSISTANT-PROBE"
     shown = chat.text(lm.tokenizer, "", [("user", "x"), ("assistant", sentinel), ("user", INTERRUPTION)])
-    interruption = chat.plain(lm.tokenizer, THINK_CLOSE + shown.split(sentinel, 1)[1])
-    out = []
-    for i in range(0, len(opened), 32):
-        part = opened[i : i + 32]
-        thoughts = generate(lm, part, greedy(budget), vector=vector, doses=[dose] * len(part), stop=False)
-        out += [p + t.ids + interruption for p, t in zip(part, thoughts)]
-    return out
+    return shown.split(sentinel, 1)[1]
+
+
+OURS = Wording(lambda text, order: f"{QUESTION}\n\n> {text}\n\n{_schema(order)}", lambda order: order, _interruption)
