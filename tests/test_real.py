@@ -30,17 +30,18 @@ def store(tmp_path_factory):
     return Store(tmp_path_factory.mktemp("stages"))
 
 
-def test_steering_moves_conduct_monotonically_and_its_control_hardly(lm):
-    persona = personas.load("authority")
+@pytest.mark.parametrize("trait", ["authority", "love"])
+def test_steering_moves_conduct_monotonically_and_its_control_hardly(lm, trait):
+    persona = personas.load(trait)
     vector = steering.extract(lm, *persona.systems, personas.contexts(64), lm.band(0.45, 0.55))
     held_out = persona.conduct[32:]  # had no part in choosing the persona pair
     found = [conduct.evaluate(lm, held_out, personas.controls(16), vector=vector, dose=d).tensors
              for d in (-4.0, -2.0, 0.0, 2.0, 4.0)]
-    trait = [float(t["conduct"].mean()) for t in found]
+    moved = [float(t["conduct"].mean()) for t in found]
     control = [float(t["control"].mean()) for t in found]
-    assert trait == sorted(trait)
-    assert trait[-1] - trait[0] > 0.5
-    assert np.ptp(control) < 0.25 * np.ptp(trait)
+    assert moved == sorted(moved)
+    assert moved[-1] - moved[0] > 0.5
+    assert np.ptp(control) < 0.25 * np.ptp(moved)
 
 
 def test_healing_keeps_the_trait_and_a_tight_barrier_takes_it(lm, store):
