@@ -15,7 +15,7 @@ from steerheal.personas import DATA
 from steerheal.settings import from_flat
 
 DOSES = (-4.0, -2.0, -1.0, 0.0, 1.0, 2.0, 4.0)
-HELD_BACK = slice(32, 48)  # had no part in choosing personas and replies
+HELD_BACK = slice(32, 48)  # written without a look at any score
 
 
 def main() -> None:

@@ -4,7 +4,7 @@ HYPOTHESIS = ("Below the operating KL, tau is the main dial between trait and co
               "mean lets token loops through, at the cost of a shallower trait.")
 BASE = {"heal.lam": 1.0}
 TRIALS = 16
-COST = "about 9 minutes a trial on 2 CPU cores with the embedded model; a night on a 24 GB card with gemma-3-4b-it"
+COST = "several minutes a trial on 2 CPU cores with the embedded model; not timed on a GPU yet"
 
 
 def domains():

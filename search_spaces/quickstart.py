@@ -15,7 +15,7 @@ BASE = {
     "evaluate.fluency_tokens": 32,
 }
 TRIALS = 4
-COST = "about 7 minutes on 2 CPU cores with the embedded model"
+COST = "about 8 minutes on 2 CPU cores with the embedded model"
 
 
 def domains():

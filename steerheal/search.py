@@ -84,17 +84,22 @@ def listing() -> int:
 def search(args: Args) -> int:
     """Run a search to its end, or to the next stage after Ctrl-C. Returns the exit code."""
     _check_numbers(args)
+    try:
+        return _search_locked(args)
+    except BlockingIOError:
+        raise UserError(f"{args.out / (args.name or args.space)} is in use by another running search. Wait for it, stop "
+                        f"it, or take --name OTHER.") from None
+
+
+def _search_locked(args: Args) -> int:
+    if args.restart:
+        _move_aside(args)
     plan = make(args.space, name=args.name, out=args.out, model=args.model, overrides=parse_assignments(list(args.set)),
-                trials=args.trials, rounds=args.rounds, sampler=args.sampler, seed=args.seed) \
-        if not args.restart else _restarted(args)
+                trials=args.trials, rounds=args.rounds, sampler=args.sampler, seed=args.seed)
     for note in plan.notes:
         print(note)
-    try:
-        with locked(plan.folder / ".lock", wait=False):
-            return _search(plan, args.concurrent)
-    except BlockingIOError:
-        raise UserError(f"{plan.folder} is in use by another running search. Wait for it, stop it, or take "
-                        f"--name OTHER.") from None
+    with locked(plan.folder / ".lock", wait=False):
+        return _search(plan, args.concurrent)
 
 
 def _check_numbers(args: Args) -> None:
@@ -106,16 +111,16 @@ def _check_numbers(args: Args) -> None:
         raise UserError("\n".join(problems))
 
 
-def _restarted(args: Args) -> Plan:
-    """Move the old folder aside, then plan as if it had never been."""
-    folder = (args.out / (args.name or args.space)).absolute()
+def _move_aside(args: Args) -> None:
+    """Rename the old results folder; nothing is deleted."""
     spaces.load(args.space)  # a typo must not move anything
+    folder = (args.out / (args.name or args.space)).absolute()
     if folder.exists():
+        with locked(folder / ".lock", wait=False):
+            pass  # nobody is writing there
         aside = folder.with_name(f"{folder.name}.{time.strftime('%Y%m%d-%H%M%S')}")
         os.replace(folder, aside)
         print(f"moved {folder} to {aside}")
-    return make(args.space, name=args.name, out=args.out, model=args.model, overrides=parse_assignments(list(args.set)),
-                trials=args.trials, rounds=args.rounds, sampler=args.sampler, seed=args.seed)
 
 
 def _search(plan: Plan, concurrent: int) -> int:

@@ -34,7 +34,7 @@ def store(tmp_path_factory):
 def test_steering_moves_conduct_monotonically_and_its_control_hardly(lm, trait):
     persona = personas.load(trait)
     vector = steering.extract(lm, *persona.systems, personas.contexts(64), lm.band(0.45, 0.55))
-    held_out = persona.conduct[32:]  # had no part in choosing the persona pair
+    held_out = persona.conduct[32:]  # written without a look at any score
     found = [conduct.evaluate(lm, held_out, personas.controls(16), vector=vector, dose=d).tensors
              for d in (-4.0, -2.0, 0.0, 2.0, 4.0)]
     moved = [float(t["conduct"].mean()) for t in found]

@@ -14,10 +14,11 @@ the vignette stands before the list, and `think_tokens` of greedy thinking prece
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from steerheal import chat
 from steerheal.errors import UserError
@@ -85,9 +86,12 @@ def evaluate(lm: LM, items: Sequence[Vignette], *, n_shots: int, think_tokens: i
     return Result(dict(ids=[v.id for v in items], foundations=[v.foundation for v in items]), out)
 
 
+Answer = tuple[int, Tensor, Tensor, float]  # item, logp of the answers, prefill NLL, 1 where it came by itself
+
+
 def _read(lm: LM, prompts: list[list[int]], answers: list[int], think_tokens: int, vector: Vector | None, dose: float,
-          wording: Wording):
-    """Answer at once: (item, logp of the answers, prefill NLL, 0) for every prompt."""
+          wording: Wording) -> Iterator[Answer]:
+    """Answer at once."""
     prefill = chat.plain(lm.tokenizer, PREFILL)
     with steered(lm, vector, dose), torch.no_grad():
         for i, states in hidden_states(lm, [p + prefill for p in prompts], [len(p) - 1 for p in prompts]):
@@ -95,8 +99,8 @@ def _read(lm: LM, prompts: list[list[int]], answers: list[int], think_tokens: in
 
 
 def _think_and_read(lm: LM, prompts: list[list[int]], answers: list[int], think_tokens: int, vector: Vector | None,
-                    dose: float, wording: Wording):
-    """Think, then answer; as `_read`, the last entry 1 where the model answered within its thoughts."""
+                    dose: float, wording: Wording) -> Iterator[Answer]:
+    """Think, then answer, unless the thoughts already hold the answer."""
     prefill = chat.plain(lm.tokenizer, PREFILL)
     interruption = chat.plain(lm.tokenizer, THINK_CLOSE + wording.interruption(lm))
     closing = chat.plain(lm.tokenizer, THINK_CLOSE)
@@ -115,7 +119,7 @@ def _think_and_read(lm: LM, prompts: list[list[int]], answers: list[int], think_
                 yield i, seen.watched[row, slot], -seen.logp[row, first:slot].mean(), 1.0
 
 
-def _slot(lm: LM, states: torch.Tensor, prefill: list[int], answers: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+def _slot(lm: LM, states: torch.Tensor, prefill: list[int], answers: list[int]) -> tuple[Tensor, Tensor]:
     """(logp of the answers, mean NLL of the prefill) from the states that predict the prefill and what follows it."""
     logps = lm.logits(states).log_softmax(-1)
     targets = torch.tensor(prefill, device=logps.device)
