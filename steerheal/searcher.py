@@ -123,8 +123,9 @@ class StudySearcher(Searcher):
     def _guard(self, action: Callable[..., None], *args: Any) -> None:
         try:
             action(*args)
-        except Exception:  # a raise here would abort the whole search; the study is re-read at the next start
-            log.exception("the study could not be updated")
+        except Exception as error:  # a raise here would abort the whole search; the study is re-read at the next start
+            first = (str(error).splitlines() or [""])[0]
+            log.error("could not record a result, the next start will: %s: %s", type(error).__name__, first)
 
     def __getstate__(self) -> dict[str, Any]:
         """Ray pickles its searcher for a Tuner.restore that is never used here; the study cannot be pickled."""
