@@ -174,6 +174,8 @@ def _finish(plan: Plan, study: Any, params: list[str], summary: str, stopped: bo
         console.print(front_table(table, params))
     else:
         console.print("No round was deliverable yet (coherence kept >= 0.85 and fluency kept >= 0.80).")
+    if "trait" in study.user_attrs:
+        console.print(f"trait readout: {study.user_attrs['trait']}", soft_wrap=True)
     console.print(f"hypervolume {ledger.hypervolume(table):.4f} nats x coherence, above 0 nats and coherence kept 0.85")
     console.print(summary)
     console.print(f"{plan.folder}: ledger.csv, front.csv, " + ("pareto.png, " if drawn else "") +

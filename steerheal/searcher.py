@@ -99,6 +99,7 @@ class StudySearcher(Searcher):
         trial, rounds = self.trials[trial_id], self.rounds[trial_id]
         if baselines := result.get("baselines"):
             self.study.set_user_attr("baselines", json.loads(baselines))
+            self.study.set_user_attr("trait", result["trait"])
         row = json.loads(result.get("row") or "null")
         if row is not None and row["round"] == len(rounds):
             rounds.append(row)

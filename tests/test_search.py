@@ -78,7 +78,7 @@ def test_a_search_leaves_everything_it_promises(undisturbed):
     rows = table(out)
     assert sorted(set(rows["trial"])) == [0, 1, 2] and len(rows) == 6
     front = rows[rows["front"]]
-    assert len(front) and "Pareto front" in text
+    assert len(front) and "Pareto front" in text and "trait readout: conduct_nats as asked" in text
     adapters = {p.parent.relative_to(folder / "adapters") for p in (folder / "adapters").rglob("adapter_config.json")}
     assert adapters == {Path(str(t)) / f"r{r}" for t, r in zip(front["trial"], front["round"])}
     assert max(computed(out).values()) == 1

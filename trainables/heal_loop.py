@@ -60,7 +60,7 @@ class HealTrial(tune.Trainable):
     def step(self) -> dict[str, Any]:
         if self.last is not None and self.last["done"]:
             return self.last
-        result: dict[str, Any] = dict(index=self.index, end="", error="", row="", baselines="", fatal=False)
+        result: dict[str, Any] = dict(index=self.index, end="", error="", row="", baselines="", trait="", fatal=False)
         try:
             if self.loop is None:
                 self._open()
@@ -70,6 +70,7 @@ class HealTrial(tune.Trainable):
                 result["row"] = json.dumps(round_.row())
                 if round_.outcome.round == 0:
                     result["baselines"] = json.dumps(self.loop.baselines().rows())
+                    result["trait"] = self.loop.baselines().trait_reason
         except Stop:
             result["end"] = "stopped"
         except UserError as error:
