@@ -26,6 +26,8 @@ class Display:
         self.done_before, self.total = done, done + todo
         self.console = make_console()
         self.started = time.monotonic()
+        self.shown: set[tuple[int, int]] = set()  # (trial, round) already told
+        self.complete: set[int] = set()
         self.finished = 0
         self.counts = {"computed": 0, "replayed": 0, "set aside": 0}
         self.where: dict[int, tuple[str, float]] = {}  # trial -> (words, since when)
@@ -50,14 +52,17 @@ class Display:
             self._live.stop()
 
     def update(self, table: pd.DataFrame) -> None:
-        """The study changed: a round or a trial ended."""
-        before = 0 if self.table is None else len(self.table.dropna(subset=["round"]))
-        self.table = table
-        ended = table[table["state"].isin(["complete", "fail"]) & table["end"].ne("stopped")]["trial"].nunique()
-        self.finished = max(ended - self.done_before, 0)
+        """The study changed: a round or a trial ended. The first call tells what earlier runs left."""
         rows = table.dropna(subset=["round"])
-        if self._live is None and len(rows) > before:
-            self._say(f"trial {rows.iloc[-1]['trial']} {describe(rows.iloc[-1])}")
+        keys = list(zip(rows["trial"], rows["round"]))
+        if self._live is None and self.table is not None:
+            for key, (_, row) in zip(keys, rows.iterrows()):
+                if key not in self.shown:
+                    self._say(f"trial {row['trial']} {describe(row)}")
+        self.shown |= set(keys)
+        self.table = table
+        self.complete = set(table[table["state"] == "complete"]["trial"])
+        self.finished = len(self.complete) - self.done_before
 
     def summary(self) -> str:
         """Stages computed, replayed and set aside in this run."""
@@ -89,11 +94,12 @@ class Display:
         kind, trial = event["kind"], event["trial"]
         if kind in self.counts:
             self.counts[kind] += 1
+        if kind == "error":
+            self.where.pop(trial, None)
         if kind in ("error", "set aside"):
             self._say(f"trial {trial} {event['where']}: {event['note']}" if kind == "set aside"
                       else f"trial {trial} failed: {event['where']}")
         if kind == "start" and self.where.get(trial, ("", 0))[0] != event["where"]:
-            self.where = {trial: (event["where"], event["time"])} if len(self.where) > 8 else self.where
             self.where[trial] = (event["where"], event["time"])
             if self._live is None:
                 self._say(f"trial {trial} {event['where']}")
@@ -111,7 +117,7 @@ class Display:
         head = Text.assemble((f"{self.name}  ", "bold"), f"{self.done_before + self.finished} of {self.total} trials, "
                              f"{self.rounds} rounds each   elapsed {_clock(elapsed)}   remaining: {remaining}")
         lines: list[Any] = [head]
-        for trial, (where, since) in sorted(self.where.items())[-3:]:
+        for trial, (where, since) in sorted((t, w) for t, w in self.where.items() if t not in self.complete):
             lines.append(Text(f"  trial {trial}  {where}  {_clock(max(time.time() - since, 0))}", style="cyan"))
         lines.append(Text(f"  {self.summary()}", style="dim"))
         if self.table is not None and self.table["front"].any():
