@@ -11,7 +11,6 @@ import sys
 from steerheal import chat, models, personas, steering
 from steerheal.cli import run_main
 from steerheal.evaluation import conduct
-from steerheal.personas import DATA
 from steerheal.settings import from_flat
 
 DOSES = (-4.0, -2.0, -1.0, 0.0, 1.0, 2.0, 4.0)
@@ -26,7 +25,7 @@ def measure(model: str) -> int:
     lm = models.load(from_flat({"model": model}))
     controls = personas.controls(16)
     results = {}
-    for name in sorted(path.stem for path in (DATA / "personas").glob("*.toml")):
+    for name in personas.builtin():
         trait = personas.load(name)
         items = trait.conduct[HELD_BACK]
         vector = steering.extract(lm, *trait.systems, personas.contexts(64), lm.band(0.45, 0.55))

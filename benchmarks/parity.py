@@ -1,4 +1,4 @@
-"""python -m benchmarks.parity: our foundations readout against tinymfv's own `evaluate`, same model, items and words.
+"""python -m benchmarks.parity [MODEL [BATCH]]: our foundations readout against tinymfv's `evaluate`, same items and words.
 
 Runs where tinymfv is installed (pip install -e '.[upstream]'). Its question and answer labels are taken from the
 installed package; what is compared is everything else: frames, thinking, interruption, answer slot, aggregation.
@@ -21,7 +21,8 @@ from steerheal.stages import Result
 
 
 def main() -> None:
-    run_main(lambda: compare(model=sys.argv[1] if len(sys.argv) > 1 else "smollm2-135m-instruct"))
+    model, batch = (*sys.argv[1:], *("smollm2-135m-instruct", "1")[len(sys.argv) - 1 :])
+    run_main(lambda: compare(model, batch=int(batch)))
 
 
 def theirs_in_our_protocol() -> foundations.Wording:
@@ -41,6 +42,7 @@ def theirs_in_our_protocol() -> foundations.Wording:
 
 
 def compare(model: str, items: int = 10, batch: int = 1) -> int:
+    """Print the differences; `batch` is the reference's batch size. Exit code 1 where they exceed 1e-3."""
     try:
         import tinymfv
         from tinymfv.data import load_vignettes

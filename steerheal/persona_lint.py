@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from steerheal import personas
 from steerheal.cli import run_main
 from steerheal.errors import UserError
-from steerheal.personas import DATA, Persona
+from steerheal.personas import Persona
 
 RUN = 5  # words in a row that two texts may not share
 NEGATION = re.compile(r"\b(?:not|no|never|nothing|nobody|without|cannot)\b|n't\b|\w+less\b", re.IGNORECASE)
@@ -64,7 +64,7 @@ def without_question(text: str) -> str:
 
 def main() -> None:
     def action() -> int:
-        names = sys.argv[1:] or sorted(path.stem for path in (DATA / "personas").glob("*.toml"))
+        names = sys.argv[1:] or personas.builtin()
         bad = 0
         for name in names:
             try:

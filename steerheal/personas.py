@@ -59,6 +59,11 @@ class Vignette:
     text: str
 
 
+def builtin() -> list[str]:
+    """Names of the traits in the package."""
+    return sorted(path.stem for path in (DATA / "personas").glob("*.toml"))
+
+
 def load(name: str) -> Persona:
     """A built-in trait by name, or one in a TOML file.
 
@@ -66,11 +71,10 @@ def load(name: str) -> Persona:
         UserError: no such trait, or the file lacks something; all problems at once.
     """
     path = Path(name) if name.endswith(".toml") else DATA / "personas" / f"{name}.toml"
-    builtin = sorted(p.stem for p in (DATA / "personas").glob("*.toml"))
     try:
         raw = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError:
-        raise UserError(f"persona = {name!r}: no such trait. Built-in: {', '.join(builtin)}; or the path of a .toml "
+        raise UserError(f"persona = {name!r}: no such trait. Built-in: {', '.join(builtin())}; or the path of a .toml "
                         f"file.") from None
     except tomllib.TOMLDecodeError as error:
         raise UserError(f"persona = {name!r}: {path} is not valid TOML: {error}") from None

@@ -65,8 +65,11 @@ def _versions() -> dict[str, str]:
 
 
 def make(space_name: str, *, name: str | None, out: Path, model: str | None, overrides: dict[str, Any],
-         trials: int | None, rounds: int | None, sampler: str | None, seed: int | None) -> Plan:
+         trials: int | None, rounds: int | None, sampler: str | None, seed: int | None, fresh: bool = False) -> Plan:
     """The plan of a command line: a new search, or the one its folder already holds.
+
+    Args:
+        fresh: plan as if the folder held nothing.
 
     Raises:
         UserError: unknown space or settings, or a resume that differs from what the folder holds.
@@ -74,7 +77,7 @@ def make(space_name: str, *, name: str | None, out: Path, model: str | None, ove
     space = spaces.load(space_name)
     name = name or space.name
     folder = (out / name).absolute()
-    stored = _read(folder)
+    stored = None if fresh else _read(folder)
     if model is not None:
         overrides = overrides | {"model": model}
     if rounds is not None:

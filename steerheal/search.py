@@ -92,10 +92,10 @@ def search(args: Args) -> int:
 
 
 def _search_locked(args: Args) -> int:
-    if args.restart:
-        _move_aside(args)
     plan = make(args.space, name=args.name, out=args.out, model=args.model, overrides=parse_assignments(list(args.set)),
-                trials=args.trials, rounds=args.rounds, sampler=args.sampler, seed=args.seed)
+                trials=args.trials, rounds=args.rounds, sampler=args.sampler, seed=args.seed, fresh=args.restart)
+    if args.restart:  # only now: a typo must not move anything
+        _move_aside(plan.folder)
     for note in plan.notes:
         print(note)
     with locked(plan.folder / ".lock", wait=False):
@@ -111,10 +111,8 @@ def _check_numbers(args: Args) -> None:
         raise UserError("\n".join(problems))
 
 
-def _move_aside(args: Args) -> None:
+def _move_aside(folder: Path) -> None:
     """Rename the old results folder; nothing is deleted."""
-    spaces.load(args.space)  # a typo must not move anything
-    folder = (args.out / (args.name or args.space)).absolute()
     if folder.exists():
         with locked(folder / ".lock", wait=False):
             pass  # nobody is writing there

@@ -60,6 +60,13 @@ def test_a_file_where_the_folder_should_be_is_a_sentence(tmp_path):
     assert code == 2 and "cannot write" in text and "--out" in text and "Traceback" not in text
 
 
+def test_a_typo_with_restart_moves_nothing(tmp_path):
+    make(tmp_path).write()
+    code, text = run("quickstart", "--out", str(tmp_path), "--restart", "--set", "heal.lamda=1")
+    assert code == 2 and "did you mean heal.lam" in text
+    assert [p.name for p in tmp_path.iterdir()] == ["quickstart"]
+
+
 def test_repeated_set_flags_add_up():
     assert merged_flags(["a", "--set", "x=1", "y=2", "--name", "n", "--set", "z=3", "--set=w=4"], "--set") == [
         "a", "--name", "n", "--set", "x=1", "y=2", "z=3", "w=4"]

@@ -26,7 +26,7 @@ def test_contexts_and_fluency_prompts():
     assert all(len(set(kinds[i : i + 10])) == 10 for i in range(0, 250, 10))
 
 
-BUILTIN = sorted(p.stem for p in (DATA / "personas").glob("*.toml"))
+BUILTIN = personas.builtin()
 
 
 @pytest.mark.parametrize("name", BUILTIN)

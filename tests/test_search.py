@@ -199,9 +199,11 @@ def test_what_interrupted_runs_leave_open_is_closed(tmp_path):
 def test_restart_moves_the_folder_aside_and_the_store_stays(undisturbed, tiny_folder):
     out, _ = undisturbed
     total = len(computed(out))
-    text, code = run(tiny_folder, out, "--name", "again", "--restart", trials=1)
+    (out / "old").mkdir()
+    (out / "old" / "search.json").write_text("{torn")
+    text, code = run(tiny_folder, out, "--name", "old", "--restart", trials=1)
     assert code == 0 and "stages: 0 computed" in text, text
-    assert len(list(out.glob("again.*"))) == 1 and (out / "again" / "front.csv").exists()
+    assert len(list(out.glob("old.*/search.json"))) == 1 and (out / "old" / "front.csv").exists()
     assert len(computed(out)) == total
 
 
