@@ -20,6 +20,8 @@ def run_main(action: Callable[[], int]) -> None:
         code = 2
     except KeyboardInterrupt:
         code = 130
+    except BrokenPipeError:  # `... --list | head`: the reader has what it wanted
+        os._exit(0)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code) if code == 130 else sys.exit(code)
