@@ -4,9 +4,10 @@ import pytest
 import torch
 from conftest import IDS, make_lm, train
 
-from steerheal import history, models
+from steerheal import chat, history, models, personas
+from steerheal.healing import Sample, heal
 from steerheal.history import Student, fold
-from steerheal.settings import from_flat
+from steerheal.settings import HealSettings, from_flat
 
 
 @pytest.fixture
@@ -175,3 +176,20 @@ def test_checkpointing_on_a_4_bit_base(quantised):
     (a, ra), (b, rb) = (train(Student(quantised), gradient_checkpointing=c) for c in (False, True))
     assert ra == rb
     assert all(torch.equal(x, y) for path in a for x, y in zip(a[path], b[path]))
+
+
+@pytest.mark.real
+def test_a_round_on_smollm2_in_4_bit():
+    lm = models.load(from_flat({"model": "smollm2-135m-instruct", "quantise": "nf4", "device": "cpu"}))
+    trait = personas.load("authority")
+    learned = [Sample(chat.prompt(lm.tokenizer, d.prompt), chat.plain(lm.tokenizer, d.pairs[0][0])) for d in trait.conduct[:7]]
+    before = lm.model(IDS).logits
+    student = Student(lm)
+    settings = HealSettings(lr=1e-3, epochs=5, batch=6, micro_batch=3, tau=2.0)  # batch 3, accumulated twice
+    factors, record = heal(student, learned, settings, 0.1, run_seed=0, round_index=0)
+    assert record["train_nll"][-1] < 0.8 * record["train_nll"][0]
+    assert len(factors) == 18 * 7  # every linear layer of blocks 6 .. 23
+    student.load_history([factors])
+    assert not torch.equal(lm.model(IDS).logits, before)
+    with student.base():
+        assert torch.equal(lm.model(IDS).logits, before)
