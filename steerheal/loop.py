@@ -29,7 +29,7 @@ from steerheal.steering import Vector
 Chain = tuple[str, ...]  # digests of the folded heal stages: the student
 
 N_PROBE = 8  # completions of one walk-C probe
-N_GATE = 48  # unsteered completions behind the default perplexity gate
+N_GATE = 48  # unsteered completions behind the default gates of perplexity and soup
 EDGE_KEPT, EDGE_BISECTIONS, EDGE_LIMIT = 0.85, 4, 1024.0
 
 
@@ -43,7 +43,7 @@ class Baselines:
     trait: objectives.Trait
     trait_reason: str
     edge: float  # raw dose at which steering brings coherence_kept to 0.85
-    gate: float  # perplexity gate
+    gate: filtering.Gates  # of perplexity and soup
 
     def rows(self) -> list[dict[str, Any]]:
         """Reference points of the pictures: label, trait gain with interval, coherence_kept, fluency_kept."""
@@ -135,7 +135,8 @@ class HealLoop:
         details = dict(
             edge=baselines.edge, top_dose=dose, kappa=harvest.kappa, survival=harvest.survival,
             kappa_trace=harvest.trace, n_kept=len(harvest.kept), drops={n: dropped.count(n) for n in sorted(set(dropped))},
-            ppl_gate=baselines.gate, cos_v0=vector.cosine(first), vector_norm=vector.norm, lam_r=s.lam_schedule[r],
+            ppl_gate=baselines.gate.perplexity, soup_gate=baselines.gate.soup,
+            cos_v0=vector.cosine(first), vector_norm=vector.norm, lam_r=s.lam_schedule[r],
             duty=healed.record["duty"], val_nll_first=healed.record["val_nll"][0],
             val_nll_last=healed.record["val_nll"][-1], train_nll=healed.record["train_nll"][-1],
             pressure=_mean([row["pressure"] for row in healed.record["steps"] if "pressure" in row]),
@@ -152,7 +153,7 @@ class HealLoop:
 
     def _measure_baselines(self) -> Baselines:
         s = self.settings
-        gate = s.filter.ppl_gate or self._default_gate()
+        gate = self._gates()
         self._gate = gate
         self.where = "base"
         base = self.reading(())
@@ -173,14 +174,13 @@ class HealLoop:
             ladder.append((share, self.reading((), vector=vector, vector_digest=digest, dose=share * edge)))
         return Baselines(base, prompted, ladder, trait, reason, edge, gate)
 
-    def _default_gate(self) -> float:
-        self.where = "perplexity gate"
+    def _gates(self) -> filtering.Gates:
+        self.where = "gates of the filter"
         n = min(N_GATE, len(self.persona.dilemmas))
         # seeded apart from the run seed: the gate is an instrument, the same for every seed of a model
         seeds = [seed_of("gate", i) for i in range(n)]
         completions, digest = self._completions((), None, "", list(range(n)), [0.0] * n, seeds)
-        scores = self._scores(completions, digest, list(range(n)))
-        return filtering.default_gate([s.perplexity for s in scores if s.tokens >= filtering.MIN_TOKENS])
+        return filtering.gates(self._scores(completions, digest, list(range(n))), self.settings.filter)
 
     def _edge(self, base: Reading, vector: Vector, digest: str) -> float:
         """The highest measured raw dose with coherence_kept >= 0.85: doubled or halved into a bracket, then bisected."""
@@ -279,7 +279,7 @@ class HealLoop:
         return [filtering.Score(**s) for s in found.record["scores"]]
 
     def _harvest(self, r: int, chain: Chain, vector: Vector, vector_digest: str, top: float,
-                 gate: float) -> dosing.Harvest[healing.Sample]:
+                 gate: filtering.Gates) -> dosing.Harvest[healing.Sample]:
         g = self.settings.generate
 
         def draw(purpose: str, index: int, kappa: float, rows: list[int], shares: list[float]) -> dosing.Draw:
@@ -339,7 +339,7 @@ class HealLoop:
         fluent = None
         if with_fluency:
             prompts = personas.fluency_prompts(e.n_fluency)
-            inputs = state | dict(prompts=personas.texts_digest(prompts), tokens=e.fluency_tokens, gate=self._gate,
+            inputs = state | dict(prompts=personas.texts_digest(prompts), tokens=e.fluency_tokens, gate=asdict(self._gate),
                                   repetition_gate=self.settings.filter.repetition_gate)
             fluent = self._stage("fluency", chain, inputs, lambda: fluency.evaluate(
                 self.student, e.n_fluency, e.fluency_tokens, self.settings.filter.repetition_gate, self._gate,
