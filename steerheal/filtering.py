@@ -5,7 +5,7 @@
     repetition  the share of token 3-grams that were there before, in the worst stretch of 64 tokens
                 (seq-rep-n, Welleck et al. 2019, arXiv:1908.04319, in a window)
     soup        nats per byte under base in the worst stretch of 32 tokens;
-                gate: a number, or 1.35 x the 99th percentile of the model's own unsteered completions
+                gate: a number, or 2.2 x the median of the model's own unsteered completions
     narration   talks about the trait instead of enacting it        (patterns of the persona)
     refusal     refusals and identity boilerplate                   (patterns of the persona)
 
@@ -31,7 +31,8 @@ from steerheal.settings import FilterSettings
 
 MIN_TOKENS = 8  # a shorter completion has no last quarter to judge and nothing to teach
 REPETITION_TOKENS, SOUP_TOKENS = 64, 32  # stretches that are judged: a completion may fall apart late, or recover
-PERPLEXITY_FACTOR, SOUP_FACTOR, GATE_PERCENTILE = 1.5, 1.35, 99
+PERPLEXITY_FACTOR, PERPLEXITY_PERCENTILE = 1.5, 99
+SOUP_FACTOR = 2.2  # of the median: one unsteered completion that is odd itself must not lift the gate
 
 
 @dataclass(frozen=True)
@@ -96,12 +97,9 @@ def soup(lm: LM, ids: Sequence[int], nll: Tensor) -> float:
 def gates(unsteered: Sequence[Score], settings: FilterSettings) -> Gates:
     """The gates of the settings, or else of a model by its own unsteered completions."""
     judged = [s for s in unsteered if s.tokens >= MIN_TOKENS]
-
-    def default(factor: float, values: list[float]) -> float:
-        return factor * float(np.percentile(values, GATE_PERCENTILE))
-
-    return Gates(settings.ppl_gate or default(PERPLEXITY_FACTOR, [s.perplexity for s in judged]),
-                 settings.soup_gate or default(SOUP_FACTOR, [s.soup for s in judged]))
+    highest = float(np.percentile([s.perplexity for s in judged], PERPLEXITY_PERCENTILE))
+    return Gates(settings.ppl_gate or PERPLEXITY_FACTOR * highest,
+                 settings.soup_gate or SOUP_FACTOR * float(np.median([s.soup for s in judged])))
 
 
 def reasons(s: Score, settings: FilterSettings, gates: Gates) -> list[str]:
