@@ -74,9 +74,9 @@ def diagnose(settings: Settings, lm: LM, store: Store) -> Diagnosis:
                         f"{max(len(loop.persona.conduct) - N_LEARNED - 1, 2)} or less (now {settings.evaluate.n_conduct}).")
     which = 0 if loop.persona.conduct_direction > 0 else 1
     samples = [Sample(chat.prompt(lm.tokenizer, d.prompt), chat.plain(lm.tokenizer, d.pairs[0][which])) for d in others]
-    base = loop.bench.reading((), 0.0, free=False)
+    base = loop.bench.reading((), None)
     trait, _ = objectives.choose_trait(loop.persona, settings.evaluate.trait, base)
     healed = loop.bench.heal(0, (), samples)
-    after = loop.bench.reading((healed.digest,), 0.0, free=False)
+    after = loop.bench.reading((healed.digest,), None)
     nll = healed.record["train_nll"]
     return Diagnosis(nll[0], nll[-1], trait.metric, trait.gain(after, base), after.difference(base, "control_nats"))
