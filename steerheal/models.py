@@ -133,9 +133,11 @@ def load(settings: Settings) -> LM:
                         f"{str(error).splitlines()[0]}). Delete that folder to fetch it again, or name another "
                         f"model.") from error
     if settings.quantise == "nf4":
+        from bitsandbytes.nn import Linear4bit
+
         for module in model.modules():  # else a CPU with AVX512-BF16 repacks the weights for inference and cuts gradients
-            if hasattr(module, "support_avx512bf16_for_cpu"):
-                module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+            if isinstance(module, Linear4bit):
+                module.support_avx512bf16_for_cpu = False
     if tokenizer.chat_template is None:
         raise UserError(f"model = {settings.model!r} has no chat template: it is a base model. Name an instruct model.")
     digest = hashlib.sha256(f"{weights_digest(path)} {settings.dtype} {settings.attention} {settings.quantise}".encode())

@@ -58,7 +58,7 @@ class GenerateSettings:
     top_p: float = number(0.95, 0.0, 1.0, open_low=True)
     top_k: int = number(64, 1, 1024)
     n_keep: int = number(48, 1, help="survivors to collect per round")
-    min_train: int = number(12, 1, help="fewer survivors than this end the trial as starved")
+    min_train: int = number(12, 2, help="fewer survivors than this end the trial as starved; one in eight is held out")
     max_batches: int = number(6, 1, help="batches sampled per round before giving up on n_keep")
     pass_target: float = number(0.75, 0.0, 1.0, help="walk-C: survival that a dose must reach")
     kappa_min: float = number(0.2, 0.0, 1.0, open_low=True, help="walk-C: smallest multiplier on alpha")
