@@ -66,8 +66,13 @@ def measure(model: str) -> int:
             print(f"{criterion:11} {recall:6.2f} {precision:9.2f}              "
                   + " ".join(f"{dropped[label]:9.2f}" for label in LABELS), flush=True)
             out |= {f"{split}_{criterion}_recall": recall, f"{split}_{criterion}_precision": precision}
+    chosen = {label: [j for j in judged if j.row["label"] == label and j.row["split"] == "choose"] for label in LABELS}
+    print(f"\nnats per byte where the factor was chosen: coherent up to {max(j.score.soup for j in chosen['coherent']):.2f}, "
+          f"soup from {min(j.score.soup for j in chosen['soup']):.2f}")
+    shares = [one_ngram(j.row["text"]) for j in chosen["looping"]]
+    print(f"the largest share of one n-gram is over 0.3 in {sum(s > 0.3 for s in shares)} of {len(shares)} loops")
     own = [bool(j.reasons) for j in judged if j.row["label"] == "coherent" and j.row["source"] != "written"]
-    print(f"\ncoherent texts of SmolLM2's own: {sum(own)} of {len(own)} dropped")
+    print(f"coherent texts of SmolLM2's own: {sum(own)} of {len(own)} dropped")
     candidates(lm, judged)
     random_direction(lm, limits["authority"])
     print("RESULT " + " ".join(f"{k}={v:.3f}" for k, v in out.items()))
@@ -98,6 +103,13 @@ def quality(judged: Sequence[Judged], criterion: str) -> tuple[float, float, dic
     caught = [hit for label in TARGETS[criterion] for hit in hits[label]]
     wrong = sum(hits["coherent"])
     return sum(caught) / len(caught), sum(caught) / max(1, sum(caught) + wrong), {k: sum(v) / len(v) for k, v in hits.items()}
+
+
+def one_ngram(text: str) -> float:
+    """The measure of repetition that was there before: the largest share of one n-gram, words and characters, n = 2, 3, 4."""
+    grams = [Counter(tuple(units[i : i + n]) for i in range(len(units) - n + 1))
+             for units in (text.lower().split(), text.lower()) for n in (2, 3, 4)]
+    return max((c.most_common(1)[0][1] / c.total() for c in grams if c and c.most_common(1)[0][1] > 1), default=0.0)
 
 
 def candidates(lm: models.LM, judged: Sequence[Judged]) -> None:
