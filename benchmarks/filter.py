@@ -1,8 +1,8 @@
 """python -m benchmarks.filter [MODEL]: what the filter catches of 150 labelled texts, and what it drops by mistake.
 
 Four tables: recall and precision of each criterion, on the two thirds that the thresholds were chosen on and on the third
-that was held out; the measures that were tried against soup; and what each gate makes of completions steered along a
-random direction, which ends in soup that no text of the set was modelled on.
+that was held out; the measures that were tried against soup; and what the gates make of completions steered against the
+trait, which ends in soup.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from benchmarks.timing import environment
@@ -28,12 +27,12 @@ from steerheal.history import Student
 from steerheal.loop import HealLoop
 from steerheal.settings import FilterSettings, from_flat
 from steerheal.stages import Store, seed_of
-from steerheal.steering import Vector
 
 LABELS = ("coherent", "looping", "soup", "narrating", "refusing")
 TARGETS = {"perplexity": ("soup",), "repetition": ("looping",), "soup": ("soup",), "narration": ("narrating",),
            "refusal": ("refusing",), "any": LABELS[1:]}
 WINDOW = 32
+WRONG_DOSE, WRONG_ROWS = -6.0, 12
 
 
 @dataclass
@@ -66,10 +65,15 @@ def measure(model: str) -> int:
             print(f"{criterion:11} {recall:6.2f} {precision:9.2f}              "
                   + " ".join(f"{dropped[label]:9.2f}" for label in LABELS), flush=True)
             out |= {f"{split}_{criterion}_recall": recall, f"{split}_{criterion}_precision": precision}
+    chosen = {label: [j for j in judged if j.row["label"] == label and j.row["split"] == "choose"] for label in LABELS}
+    print(f"\nnats per byte where the factor was chosen: coherent up to {max(j.score.soup for j in chosen['coherent']):.2f}, "
+          f"soup from {min(j.score.soup for j in chosen['soup']):.2f}")
+    shares = [one_ngram(j.row["text"]) for j in chosen["looping"]]
+    print(f"the largest share of one n-gram is over 0.3 in {sum(s > 0.3 for s in shares)} of {len(shares)} loops")
     own = [bool(j.reasons) for j in judged if j.row["label"] == "coherent" and j.row["source"] != "written"]
-    print(f"\ncoherent texts of SmolLM2's own: {sum(own)} of {len(own)} dropped")
+    print(f"coherent texts of SmolLM2's own: {sum(own)} of {len(own)} dropped")
     candidates(lm, judged)
-    random_direction(lm, limits["authority"])
+    wrong_way(lm, limits)
     print("RESULT " + " ".join(f"{k}={v:.3f}" for k, v in out.items()))
     return 0
 
@@ -98,6 +102,13 @@ def quality(judged: Sequence[Judged], criterion: str) -> tuple[float, float, dic
     caught = [hit for label in TARGETS[criterion] for hit in hits[label]]
     wrong = sum(hits["coherent"])
     return sum(caught) / len(caught), sum(caught) / max(1, sum(caught) + wrong), {k: sum(v) / len(v) for k, v in hits.items()}
+
+
+def one_ngram(text: str) -> float:
+    """The measure of repetition that was there before: the largest share of one n-gram, words and characters, n = 2, 3, 4."""
+    grams = [Counter(tuple(units[i : i + n]) for i in range(len(units) - n + 1))
+             for units in (text.lower().split(), text.lower()) for n in (2, 3, 4)]
+    return max((c.most_common(1)[0][1] / c.total() for c in grams if c and c.most_common(1)[0][1] > 1), default=0.0)
 
 
 def candidates(lm: models.LM, judged: Sequence[Judged]) -> None:
@@ -139,23 +150,21 @@ def candidates(lm: models.LM, judged: Sequence[Judged]) -> None:
         print(line, flush=True)
 
 
-def random_direction(lm: models.LM, gate: Gates) -> None:
-    """Completions steered along a random direction as long as the trait's vector: what do the gates let through?"""
-    trait = personas.load("authority")
-    prompts = [chat.prompt(lm.tokenizer, text) for text in trait.dilemmas[:24]]
-    vector = steering.extract(lm, *trait.systems, personas.contexts(64), lm.band(0.45, 0.55))
-    draws = torch.Generator().manual_seed(0)
-    noise = {i: torch.randn(v.shape, generator=draws) for i, v in vector.layers.items()}
-    wrong = Vector({i: noise[i] / noise[i].norm() * v.norm() for i, v in vector.layers.items()})
-    print("\nalong a random direction: dose, dropped by perplexity or repetition, by soup alone, kept")
-    for dose in (9.0, 12.0):
-        drawn = generate(lm, prompts, Sampling(64), [seed_of("random direction", i) for i in range(24)], wrong, [dose] * 24)
+def wrong_way(lm: models.LM, limits: dict[str, Gates]) -> None:
+    """Completions steered against the trait, far past what the model bears: what do the gates let through?"""
+    print(f"\nat dose {WRONG_DOSE:g} of the vector: dropped by perplexity or repetition, by soup alone, kept")
+    for name, gate in limits.items():
+        trait = personas.load(name)
+        prompts = [chat.prompt(lm.tokenizer, text) for text in trait.dilemmas[:WRONG_ROWS]]
+        vector = steering.extract(lm, *trait.systems, personas.contexts(64), lm.band(0.45, 0.55))
+        drawn = generate(lm, prompts, Sampling(64), [seed_of("wrong way", i) for i in range(WRONG_ROWS)], vector,
+                         [WRONG_DOSE] * WRONG_ROWS)
         found = [reasons(s, FilterSettings(), gate) for s in filtering.score(Student(lm), None, prompts, drawn)]
         alone = [lm.text(c.ids) for c, why in zip(drawn, found) if why == ["soup"]]
-        print(f"  {dose:4.0f} {sum(bool({'perplexity', 'repetition'} & set(w)) for w in found):4d} {len(alone):4d} "
-              f"{sum(not w for w in found):4d}", flush=True)
+        before = sum(bool({"perplexity", "repetition"} & set(why)) for why in found)
+        print(f"  {name:9} {before:4d} {len(alone):4d} {sum(not why for why in found):4d}", flush=True)
         for text in alone[:3]:
-            print(f"       by soup alone: {text[:100]!r}")
+            print(f"       by soup alone: {text[:80]!r}")
 
 
 def _words(text: str) -> list[str]:

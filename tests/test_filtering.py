@@ -82,7 +82,7 @@ def test_boilerplate_and_narration_are_caught(text, kind):
 
 LABELLED = personas.labelled()
 # (criterion, recall, precision against coherent text) on all 150 texts, a little under what docs/filter.md measures
-FLOORS = [("perplexity", 0.9, 0.7), ("repetition", 0.95, 0.95), ("soup", 0.9, 0.95), ("narration", 0.9, 0.95),
+FLOORS = [("perplexity", 0.9, 0.7), ("repetition", 0.95, 0.95), ("soup", 0.9, 0.88), ("narration", 0.9, 0.95),
           ("refusal", 0.83, 0.95)]
 
 
