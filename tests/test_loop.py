@@ -94,9 +94,9 @@ def test_the_order_of_work_in_a_round(tmp_path):
     loop, _, events = run(tmp_path, rounds=1)
     stages = [s for s, _ in computed(events)]
     assert stages[:2] == ["completions", "scores"]  # the gates
-    assert stages[-11:] == ["log_ratio", "heal", "foundations", "conduct", "diary",  # steered
+    assert stages[-12:] == ["log_ratio", "heal", "foundations", "conduct", "diary",  # steered
                             "foundations", "conduct", "fluency", "free_answers", "diary",  # healed
-                            "states"]
+                            "states", "states"]
     assert loop.baselines().rows()[0]["label"] == "base"
 
 
