@@ -73,14 +73,38 @@ def hypervolume(table: pd.DataFrame) -> float:
     return pareto.hypervolume(points, REFERENCE_POINT)
 
 
+def progress(study: optuna.Study, table: pd.DataFrame) -> pd.DataFrame:
+    """How the front grew: finished (trials so far), trial, hours, hypervolume; one row per finished trial, as they ended.
+
+    hours are those in which at least one trial ran; the pauses between two runs of a search do not count, nor do trials
+    that a kill cut off, whose end nobody saw.
+    """
+    seen = [t for t in study.get_trials(deepcopy=False) if t.datetime_complete and "end" in t.user_attrs]
+    done = sorted((t for t in latest(study).values() if t.state == optuna.trial.TrialState.COMPLETE),
+                  key=lambda t: t.datetime_complete)
+    rows: list[dict[str, Any]] = []
+    for n, trial in enumerate(done, 1):
+        so_far = table[table["trial"].isin([t.user_attrs["index"] for t in done[:n]])]
+        spans = sorted((t.datetime_start, t.datetime_complete) for t in seen
+                       if t.datetime_complete <= trial.datetime_complete)
+        seconds, until = 0.0, spans[0][0]
+        for start, end in spans:  # the union of the trials' spans
+            seconds += max((end - max(start, until)).total_seconds(), 0.0)
+            until = max(until, end)
+        rows.append(dict(finished=n, trial=trial.user_attrs["index"], hours=round(seconds / 3600, 5),
+                         hypervolume=hypervolume(so_far)))
+    return pd.DataFrame(rows, columns=["finished", "trial", "hours", "hypervolume"])
+
+
 def write(study: optuna.Study, folder: Path) -> pd.DataFrame:
-    """Rebuild ledger.parquet, ledger.csv, front.csv and baselines.csv in a search's folder; the ledger."""
+    """Rebuild ledger.parquet, ledger.csv, front.csv, baselines.csv and progress.csv in a search's folder; the ledger."""
     table = build(study)
     baselines = pd.DataFrame(study.user_attrs.get("baselines", []))
     buffer = io.BytesIO()
     table.to_parquet(buffer, index=False)
     atomic_write(folder / "ledger.parquet", buffer.getvalue())
-    for name, frame in (("ledger", table), ("front", front(table)), ("baselines", baselines)):
+    for name, frame in (("ledger", table), ("front", front(table)), ("baselines", baselines),
+                        ("progress", progress(study, table))):
         atomic_write(folder / f"{name}.csv", frame.to_csv(index=False).encode())
     return table
 

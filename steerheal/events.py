@@ -1,0 +1,117 @@
+"""What a search's workers and drivers wrote down: one line per stage (`events/*.jsonl`), one per run (`sessions.jsonl`).
+
+A stage's event says when, which trial, where in the loop, which digest, and whether it was computed (with seconds) or
+replayed from the store. From these come the table of what sharing saved and the estimates of what a search will cost.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+
+def read(folder: Path) -> list[dict[str, Any]]:
+    """All events of a search, oldest first. A line torn by a crash is left out."""
+    found = [event for path in (folder / "events").glob("*.jsonl") for event in _lines(path)]
+    return sorted(found, key=lambda e: e["time"])
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    for line in path.read_bytes().splitlines():
+        with contextlib.suppress(ValueError):
+            yield json.loads(line)
+
+
+@contextlib.contextmanager
+def session(folder: Path, concurrent: int) -> Iterator[None]:
+    """Write down when a driver started and ended; one that is killed leaves a start without an end."""
+    def note(kind: str) -> None:
+        with (folder / "sessions.jsonl").open("a") as file:
+            file.write(json.dumps(dict(kind=kind, time=round(time.time(), 2), concurrent=concurrent)) + "\n")
+
+    note("start")
+    try:
+        yield
+    finally:
+        note("end")
+
+
+@dataclass
+class Session:
+    start: float  # seconds since the epoch
+    end: float
+    concurrent: int
+
+
+def sessions(folder: Path, events: list[dict[str, Any]]) -> list[Session]:
+    """When drivers ran. A start without an end (killed, or running still) lasts to the last event before the next."""
+    path = folder / "sessions.jsonl"
+    notes = list(_lines(path)) if path.exists() else []
+    out = []
+    for i, note in enumerate(notes):
+        if note["kind"] == "start":
+            following = notes[i + 1] if i + 1 < len(notes) else dict(kind="", time=float("inf"))
+            end = following["time"]
+            if following["kind"] != "end":
+                end = max((e["time"] for e in events if note["time"] <= e["time"] < end), default=note["time"])
+            out.append(Session(note["time"], end, note["concurrent"]))
+    return out
+
+
+def waste(events: list[dict[str, Any]], store_seconds: dict[str, float] | None = None) -> pd.DataFrame:
+    """What was computed and what sharing saved, one row per kind of stage.
+
+    Columns: stage; computed, seconds (spent); shared (wanted by a trial, but computed by another or by another search);
+    replayed (a trial that was interrupted and read its own stages again); saved (seconds that trials would have spent
+    without sharing, each computing every stage it wants once).
+
+    Args:
+        store_seconds: seconds of stages that this search only read, by digest.
+    """
+    kinds: dict[str, str] = {}
+    spent: dict[str, float] = {}
+    owner: dict[str, int] = {}
+    wanted: dict[tuple[int, str], int] = {}
+    for e in events:
+        if e["kind"] in ("computed", "replayed"):
+            digest = e["digest"]
+            kinds[digest] = e["stage"]
+            wanted[e["trial"], digest] = wanted.get((e["trial"], digest), 0) + 1
+            if e["kind"] == "computed":
+                spent[digest] = spent.get(digest, 0.0) + e["seconds"]
+                owner.setdefault(digest, e["trial"])
+    rows = []
+    for kind in sorted(set(kinds.values())):
+        mine = [d for d in spent if kinds[d] == kind]
+        shared = [d for t, d in wanted if kinds[d] == kind and owner.get(d) != t]
+        cost = (store_seconds or {}) | spent
+        rows.append(dict(stage=kind, computed=len(mine), seconds=sum(spent[d] for d in mine), shared=len(shared),
+                         replayed=sum(n - 1 for (_, d), n in wanted.items() if kinds[d] == kind),
+                         saved=sum(cost.get(d, 0.0) for d in shared)))
+    return pd.DataFrame(rows, columns=["stage", "computed", "seconds", "shared", "replayed", "saved"])
+
+
+def overhead(events: list[dict[str, Any]], found: list[Session]) -> float | None:
+    """Share of the drivers' time in which no stage was computed: starting Ray, loading models, proposing, drawing."""
+    held = sum((s.end - s.start) * s.concurrent for s in found)
+    inside = sum(e["seconds"] for e in events if e["kind"] == "computed"
+                 and any(s.start <= e["time"] <= s.end + 1 for s in found))
+    return 1 - inside / held if held else None
+
+
+def running(events: list[dict[str, Any]]) -> dict[int, dict[str, Any]]:
+    """The last stage that each trial started and has not finished, by trial."""
+    open_: dict[int, dict[str, Any]] = {}
+    for e in events:
+        if e["kind"] == "start":
+            open_[e["trial"]] = e
+        elif open_.get(e["trial"], {}).get("digest") == e.get("digest") or e["kind"] == "error":
+            open_.pop(e["trial"], None)
+    return open_
