@@ -55,11 +55,10 @@ def sessions(folder: Path, events: list[dict[str, Any]]) -> list[Session]:
     path = folder / "sessions.jsonl"
     notes = list(_lines(path)) if path.exists() else []
     out = []
-    for i, note in enumerate(notes):
+    for note, following in zip(notes, [*notes[1:], {}]):
         if note["kind"] == "start":
-            following = notes[i + 1] if i + 1 < len(notes) else dict(kind="", time=float("inf"))
-            end = following["time"]
-            if following["kind"] != "end":
+            end = following.get("time", float("inf"))
+            if following.get("kind") != "end":
                 end = max((e["time"] for e in events if note["time"] <= e["time"] < end), default=note["time"])
             out.append(Session(note["time"], end, note["concurrent"]))
     return out

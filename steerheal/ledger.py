@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -79,21 +80,23 @@ def progress(study: optuna.Study, table: pd.DataFrame) -> pd.DataFrame:
     hours are those in which at least one trial ran; the pauses between two runs of a search do not count, nor do trials
     that a kill cut off, whose end nobody saw.
     """
-    seen = [t for t in study.get_trials(deepcopy=False) if t.datetime_complete and "end" in t.user_attrs]
-    done = sorted((t for t in latest(study).values() if t.state == optuna.trial.TrialState.COMPLETE),
-                  key=lambda t: t.datetime_complete)
-    rows: list[dict[str, Any]] = []
-    for n, trial in enumerate(done, 1):
-        so_far = table[table["trial"].isin([t.user_attrs["index"] for t in done[:n]])]
-        spans = sorted((t.datetime_start, t.datetime_complete) for t in seen
-                       if t.datetime_complete <= trial.datetime_complete)
-        seconds, until = 0.0, spans[0][0]
-        for start, end in spans:  # the union of the trials' spans
-            seconds += max((end - max(start, until)).total_seconds(), 0.0)
-            until = max(until, end)
-        rows.append(dict(finished=n, trial=trial.user_attrs["index"], hours=round(seconds / 3600, 5),
-                         hypervolume=hypervolume(so_far)))
+    spans = [(t.datetime_start, t.datetime_complete) for t in study.get_trials(deepcopy=False)
+             if t.datetime_start and t.datetime_complete and "end" in t.user_attrs]
+    ends = sorted((t.datetime_complete, index) for index, t in latest(study).items()
+                  if t.datetime_complete and t.state == optuna.trial.TrialState.COMPLETE)
+    rows = [dict(finished=n, trial=index, hours=round(_busy_seconds([s for s in spans if s[1] <= end]) / 3600, 5),
+                 hypervolume=hypervolume(table[table["trial"].isin([i for _, i in ends[:n]])]))
+            for n, (end, index) in enumerate(ends, 1)]
     return pd.DataFrame(rows, columns=["finished", "trial", "hours", "hypervolume"])
+
+
+def _busy_seconds(spans: list[tuple[datetime, datetime]]) -> float:
+    """Length of the union of time spans."""
+    seconds, until = 0.0, datetime.min
+    for start, end in sorted(spans):
+        seconds += max((end - max(start, until)).total_seconds(), 0.0)
+        until = max(until, end)
+    return seconds
 
 
 def write(study: optuna.Study, folder: Path) -> pd.DataFrame:
