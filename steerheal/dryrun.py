@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,6 +121,7 @@ def _past(folder: Path, plan: Plan) -> Past | None:
 def _copy_in_memory(folder: Path) -> optuna.Study:
     """The study's trials in a study that nothing is written from."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
+    warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
     copy = optuna.create_study(directions=["maximize", "maximize"])
     if (folder / "study.db").exists():
         for trial in ledger.open_study(folder).get_trials(deepcopy=False):
