@@ -23,14 +23,15 @@ from typing import Annotated, Any
 
 import tyro
 
-from steerheal import spaces
+from steerheal import spaces, study_file
 from steerheal.cli import merged_flags, run_main
 from steerheal.errors import UserError
 from steerheal.plan import Plan, make
 from steerheal.settings import parse_assignments, to_flat
-from steerheal.stages import atomic_write, disk_error, locked
+from steerheal.stages import atomic_write, locked
 
 STOPPED = 75  # EX_TEMPFAIL: give the same command again
+RESTARTS = 2  # of a trial whose worker or node died; its finished stages are replayed
 
 
 @dataclasses.dataclass
@@ -57,6 +58,8 @@ class Args:
     """of the proposals; run seeds are --set seed=N"""
     concurrent: int = 1
     """trials at a time, each with its share of the cores and of the GPU"""
+    address: str | None = None
+    """of a running Ray cluster (auto: this machine's); --concurrent then counts trials over all its nodes"""
     restart: bool = False
     """move the results folder aside and start anew (the stage store stays)"""
     list: bool = False
@@ -98,8 +101,8 @@ def _search_locked(args: Args) -> int:
         _move_aside(plan.folder)
     for note in plan.notes:
         print(note)
-    with locked(plan.folder / ".lock", wait=False):
-        return _search(plan, args.concurrent)
+    with locked(plan.folder / ".lock", wait=False), study_file.in_words(plan.folder):
+        return _search(plan, args.concurrent, args.address)
 
 
 def _check_numbers(args: Args) -> None:
@@ -121,7 +124,7 @@ def _move_aside(folder: Path) -> None:
         print(f"moved {folder} to {aside}")
 
 
-def _search(plan: Plan, concurrent: int) -> int:
+def _search(plan: Plan, concurrent: int, address: str | None) -> int:
     from steerheal import weights
 
     _prove_writable(plan.folder)
@@ -151,7 +154,7 @@ def _search(plan: Plan, concurrent: int) -> int:
 
             tuner = searcher.StudySearcher(study, plan.space.distributions(), todo, retries, plan.sampler, plan.seed,
                                            refresh)
-            stopped, fatal = _tune(plan, tuner, concurrent, len(todo))
+            stopped, fatal = _tune(plan, tuner, concurrent, address, len(todo))
         summary = display.summary()
     if fatal:
         raise UserError(fatal)
@@ -191,7 +194,7 @@ def _finish(plan: Plan, study: Any, params: list[str], summary: str, stopped: bo
 # ---------------------------------------------------------------- Ray
 
 
-def _tune(plan: Plan, tuner_search: Any, concurrent: int, count: int) -> tuple[bool, str]:
+def _tune(plan: Plan, tuner_search: Any, concurrent: int, address: str | None, count: int) -> tuple[bool, str]:
     """Run `count` trials. Returns (stopped by the user, an error that every trial would meet)."""
     scratch = _scratch()
     os.environ.update(RAY_USAGE_STATS_ENABLED="0", RAY_CHDIR_TO_TRIAL_DIR="0", RAY_AIR_NEW_OUTPUT="0",
@@ -215,25 +218,38 @@ def _tune(plan: Plan, tuner_search: Any, concurrent: int, count: int) -> tuple[b
         def stop_all(self) -> bool:
             return bool(Halt.fatal) or (plan.folder / ".stop").exists()
 
-    cores = len(os.sched_getaffinity(0))
-    gpus = 1 if cuda_memory_gb() else 0
-    resources = {"cpu": max(cores // concurrent, 1), "gpu": gpus / concurrent}
+    everywhere = dict(log_to_driver=False, logging_level=logging.ERROR,
+                      runtime_env={"env_vars": {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}})
     with _quiet():
-        ray.init(address="local", num_cpus=max(cores, concurrent), num_gpus=gpus, include_dashboard=False,
-                 log_to_driver=False, object_store_memory=10**8, _temp_dir=str(scratch), logging_level=logging.ERROR,
-                 runtime_env={"env_vars": {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}})
+        if address:
+            try:
+                ray.init(address=address, **everywhere)
+            except (ConnectionError, ray.exceptions.RayError) as error:
+                first = (str(error).splitlines() or [""])[0]
+                raise UserError(f"--address {address}: {first} docs/cluster.md says how to start a cluster.") from None
+        else:
+            ray.init(address="local", num_cpus=max(len(os.sched_getaffinity(0)), concurrent),
+                     num_gpus=1 if cuda_memory_gb() else 0, include_dashboard=False, object_store_memory=10**8,
+                     _temp_dir=str(scratch), **everywhere)
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        cpus, gpus = ([node.get(kind, 0) for node in nodes] for kind in ("CPU", "GPU"))
+        resources = {"cpu": max(min(sum(cpus) // concurrent, max(cpus)), 1), "gpu": min(sum(gpus) / concurrent, 1)}
+        # every node writes there; a local search keeps it off the results' disk, which may be slow or full
+        storage = plan.folder / ".ray" if address else scratch
         try:
             tuner = tune.Tuner(
                 tune.with_resources(HealTrial, resources),
                 param_space=dict(flat=to_flat(plan.settings), folder=str(plan.folder), store=str(plan.store)),
                 tune_config=tune.TuneConfig(search_alg=tuner_search, num_samples=count, reuse_actors=True,
                                             max_concurrent_trials=concurrent),
-                run_config=tune.RunConfig(name="run", storage_path=str(scratch), stop=Halt(), verbose=0))
+                run_config=tune.RunConfig(name="run", storage_path=str(storage), stop=Halt(), verbose=0,
+                                          failure_config=tune.FailureConfig(max_failures=RESTARTS)))
             with _stop_signals(plan.folder) as stopped:  # after ray.init, which takes SIGTERM for itself
                 tuner.fit()
         finally:
             ray.shutdown()
-            shutil.rmtree(scratch, ignore_errors=True)
+            for left in (scratch, plan.folder / ".ray"):
+                shutil.rmtree(left, ignore_errors=True)
     return bool(stopped), Halt.fatal
 
 
@@ -287,20 +303,16 @@ def _prove_writable(folder: Path) -> None:
 
 def _study(plan: Plan) -> Any:
     import optuna
-    from sqlalchemy.exc import DatabaseError
 
     from steerheal.ledger import storage_url
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-    try:
-        study = optuna.create_study(study_name="steerheal", storage=storage_url(plan.folder), load_if_exists=True,
-                                    directions=["maximize", "maximize"])
-    except DatabaseError as error:
-        raise UserError(f"{plan.folder / 'study.db'} cannot be read ({error.orig!s}). --restart moves the folder "
-                        f"aside; what the stage store holds is not computed again.") from None
-    except OSError as error:
-        raise disk_error(plan.folder, error) from error
+    if mended := study_file.mend(plan.folder):
+        print(mended)
+    patient = optuna.storages.RDBStorage(storage_url(plan.folder), engine_kwargs=dict(connect_args=dict(timeout=20)))
+    study = optuna.create_study(study_name="steerheal", storage=patient, load_if_exists=True,
+                                directions=["maximize", "maximize"])
     study.set_metric_names(["trait_gain", "coherence_kept"])
     return study
 
@@ -336,7 +348,11 @@ def _export(plan: Plan, table: Any) -> int:
     for folder, chain in wanted.items():
         if not (folder / "adapter_config.json").exists():  # written last, so its presence means a whole adapter
             rounds = [store.load(digest) for digest in chain]
-            history.export(history.fold([history.from_tensors(r.tensors) for r in rounds if r]), folder, base)
+            if None in rounds:
+                raise UserError(f"{folder} cannot be written: the stage store lost round {rounds.index(None)} of it. The "
+                                f"same command with --name OTHER computes what is missing, and nothing else; then give "
+                                f"this command again.")
+            history.export(history.fold([history.from_tensors(r.tensors) for r in rounds]), folder, base)
     return len(wanted)
 
 
