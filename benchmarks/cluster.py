@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import os
+import secrets
 import shutil
 import signal
 import socket
@@ -40,6 +41,7 @@ def kill_all(session: int) -> None:
 
 def main() -> None:
     root = Path(tempfile.mkdtemp(prefix="cl-"))  # short: Ray's sockets allow 107 bytes
+    os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))  # for nodes and driver alike
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"

@@ -32,10 +32,11 @@ def run(*args: Any, **kw: Any) -> tuple[str, int]:
 
 
 def events(folder: Path) -> list[dict[str, Any]]:
-    """Every whole line of a search's event files, with the worker's pid."""
+    """Every whole line of a search's event files in order of time, with the worker's pid."""
     lines = [(path, line) for path in (folder / "events").glob("*.jsonl")
              for line in path.read_text().splitlines(keepends=True)]
-    return [json.loads(line) | dict(pid=int(path.stem.rsplit("-", 1)[1])) for path, line in lines if line.endswith("\n")]
+    return sorted((json.loads(line) | dict(pid=int(path.stem.rsplit("-", 1)[1]))
+                   for path, line in lines if line.endswith("\n")), key=lambda e: e["time"])
 
 
 def computed(folder: Path) -> collections.Counter[str]:

@@ -112,7 +112,7 @@ def test_a_killed_worker_and_damaged_stages_cost_only_themselves(killed, tiny_fo
     for e in events(out / "quickstart"):
         if e["kind"] == "computed":
             first.setdefault(e["stage"], store.path(e["digest"]))
-    torn, empty, flipped = (first[stage] for stage in ("conduct", "foundations", "vector"))  # of the baselines: all want them
+    torn, empty, flipped = (first[stage] for stage in ("conduct", "foundations", "vector"))  # the baselines': all want them
     torn.write_bytes(torn.read_bytes()[:-10])
     empty.write_bytes(b"")
     data = bytearray(flipped.read_bytes())
