@@ -38,7 +38,7 @@ def confirm(plan: Plan, study: Any, k: int, machine: driver.Machine) -> int:
     own = dataclasses.replace(plan, name=f"{plan.name}, confirming", folder=plan.folder / "confirm", sampler="grid",
                               halving=False, settings=dataclasses.replace(plan.settings, rounds=int(front["round"].max()) + 1))
     own.folder.mkdir(exist_ok=True)
-    again = open_study(own)
+    again = open_study(own.folder)
     searcher.recover(again)
     fixed = _indexed(again, wanted)
     todo = [i for i in searcher.missing(again, len(fixed)) if fixed[i] in wanted]

@@ -25,6 +25,8 @@ from steerheal.errors import UserError
 from steerheal.plan import Plan
 from steerheal.settings import to_flat
 
+RESTARTS = 2  # of a trial whose worker or node died; its finished stages are replayed
+
 
 @dataclass(frozen=True)
 class Machine:
@@ -101,7 +103,8 @@ def _tune(plan: Plan, search: searcher.StudySearcher, machine: Machine, count: i
                 param_space=dict(flat=to_flat(plan.settings), folder=str(plan.folder), store=str(plan.store)),
                 tune_config=tune.TuneConfig(search_alg=search, num_samples=count, reuse_actors=True,
                                             max_concurrent_trials=machine.concurrent),
-                run_config=tune.RunConfig(name="run", storage_path=str(scratch), stop=Halt(), verbose=0))
+                run_config=tune.RunConfig(name="run", storage_path=str(scratch), stop=Halt(), verbose=0,
+                                          failure_config=tune.FailureConfig(max_failures=RESTARTS)))
             with _stop_requests(plan.folder, machine.hours) as stopped:  # after ray.init, which takes SIGTERM for itself
                 tuner.fit()
         finally:
@@ -122,9 +125,9 @@ def _connect(machine: Machine, scratch: Path) -> None:
         return
     try:
         ray.init(address=machine.address, **common)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise UserError(f"--address {machine.address}: no Ray cluster answers there ({error}). Start one with "
-                        f"`ray start --head`, or leave --address out to run on this machine.") from None
+    except (ConnectionError, ray.exceptions.RayError) as error:
+        first = (str(error).splitlines() or [""])[0]
+        raise UserError(f"--address {machine.address}: {first} docs/cluster.md says how to start a cluster.") from None
 
 
 def _resources(machine: Machine) -> dict[str, float]:
@@ -141,10 +144,11 @@ def _resources(machine: Machine) -> dict[str, float]:
 
 
 def _scratch(plan: Plan, machine: Machine) -> Path:
-    """A folder for Ray's own files. Here: short, because its sockets allow 107 bytes, and those of dead drivers are
-    removed. On a cluster: in the search's folder, which all nodes share."""
+    """A folder for Ray's own files. On a cluster: in the search's folder, where every node can write. Here: off the
+    results' disk, which may be slow or full, and short, because Ray's sockets allow 107 bytes; those of dead drivers are
+    removed."""
     if machine.address is not None:
-        return Path(tempfile.mkdtemp(prefix=".ray-", dir=plan.folder))
+        return plan.folder / ".ray"
     root = Path(tempfile.gettempdir())
     for old in root.glob("steerheal-*-*"):
         pid = old.name.split("-")[1]

@@ -14,8 +14,10 @@ from typing import Any
 
 import optuna
 import pandas as pd
+from pyarrow import ArrowInvalid
 
-from steerheal import pareto
+from steerheal import pareto, study_file
+from steerheal.errors import UserError
 from steerheal.objectives import REFERENCE_POINT
 from steerheal.stages import atomic_write
 
@@ -28,6 +30,22 @@ def open_study(folder: Path) -> optuna.Study:
 
 def storage_url(folder: Path) -> str:
     return f"sqlite:///{folder / 'study.db'}"
+
+
+def read(folder: Path) -> pd.DataFrame:
+    """The ledger as it was last written into a search's folder.
+
+    Raises:
+        UserError: there is none, or it is damaged.
+    """
+    path = folder / "ledger.parquet"
+    try:
+        return pd.read_parquet(path)
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{folder} holds no ledger; name a folder that `python -m steerheal.search` wrote.") from None
+    except ArrowInvalid as error:
+        raise UserError(f"{path} cannot be read ({error}). It is a view: the command that made the search, given again, "
+                        f"writes it anew.") from None
 
 
 def build(study: optuna.Study) -> pd.DataFrame:
@@ -100,7 +118,9 @@ def _busy_seconds(spans: list[tuple[datetime, datetime]]) -> float:
 
 
 def write(study: optuna.Study, folder: Path) -> pd.DataFrame:
-    """Rebuild ledger.parquet, ledger.csv, front.csv, baselines.csv and progress.csv in a search's folder; the ledger."""
+    """Rebuild ledger.parquet, ledger.csv, front.csv, baselines.csv and progress.csv in a search's folder, and back its
+    study up; the ledger."""
+    study_file.back_up(folder)
     table = build(study)
     baselines = pd.DataFrame(study.user_attrs.get("baselines", []))
     buffer = io.BytesIO()

@@ -17,7 +17,7 @@ from typing import Any
 from steerheal import __version__, spaces, weights
 from steerheal.errors import UserError
 from steerheal.settings import Settings, from_flat, identity, preset, to_flat
-from steerheal.stages import atomic_write
+from steerheal.stages import VERSIONS, atomic_write
 
 PACKAGES = ("torch", "transformers", "peft", "ray", "optuna", "numpy", "bitsandbytes")
 
@@ -48,7 +48,8 @@ class Plan:
             head["--halving"] = True
         if self.sampler == "grid":
             head["points"] = self.space.points()
-        return head | domains | identity(self.settings)
+        versions = {f"version of stage {k}": v for k, v in VERSIONS.items()}
+        return head | domains | versions | identity(self.settings)
 
     def write(self) -> None:
         path = self.folder / "search.json"

@@ -16,12 +16,12 @@ from typing import Annotated, Any
 
 import tyro
 
-from steerheal import spaces
+from steerheal import spaces, study_file
 from steerheal.cli import merged_flags, run_main
 from steerheal.errors import UserError
 from steerheal.plan import Plan, make
 from steerheal.settings import parse_assignments
-from steerheal.stages import atomic_write, disk_error, locked
+from steerheal.stages import atomic_write, locked
 
 STOPPED = 75  # EX_TEMPFAIL: give the same command again
 
@@ -59,7 +59,7 @@ class Args:
     gpus_per_trial: float | None = None
     """cards of each trial, 0.5 for two trials on one (default: an even share, at most one)"""
     address: str | None = None
-    """run on the Ray cluster at this address (auto: the one this machine belongs to)"""
+    """of a running Ray cluster (auto: this machine's); --concurrent then counts trials over all its nodes"""
     confirm: int | None = None
     """run the front's members again on this many fresh run seeds, and say which stay on the front"""
     restart: bool = False
@@ -118,7 +118,7 @@ def search(args: Args, space: str) -> int:
     try:
         if args.restart:  # only now: a typo must not move anything
             _move_aside(plan.folder)
-        with locked(plan.folder / ".lock", wait=False):
+        with locked(plan.folder / ".lock", wait=False), study_file.in_words(plan.folder):
             return _search(plan, args)
     except BlockingIOError:
         raise UserError(f"{plan.folder} is in use by another running search. Wait for it, stop it, or take "
@@ -161,7 +161,7 @@ def _search(plan: Plan, args: Args) -> int:
 
     machine = driver.Machine(args.concurrent, args.gpus_per_trial, args.address, args.hours)
     searcher.make_sampler(plan.sampler, 0)  # a sampler that is not installed is told now
-    study = open_study(plan)
+    study = open_study(plan.folder)
     if args.confirm:
         from steerheal.confirm import confirm
 
@@ -230,27 +230,19 @@ def _prove_writable(folder: Path) -> None:
     (folder / ".writable").unlink()
 
 
-def open_study(plan: Plan) -> Any:
-    """The study of a plan's folder, made where there is none.
-
-    Raises:
-        UserError: study.db is damaged, or cannot be written.
-    """
+def open_study(folder: Path) -> Any:
+    """The study of a search's folder, made where there is none, put back from its backup where it is damaged."""
     import optuna
-    from sqlalchemy.exc import DatabaseError
 
     from steerheal.ledger import storage_url
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-    try:
-        study = optuna.create_study(study_name="steerheal", storage=storage_url(plan.folder), load_if_exists=True,
-                                    directions=["maximize", "maximize"])
-    except DatabaseError as error:
-        raise UserError(f"{plan.folder / 'study.db'} cannot be read ({error.orig!s}). --restart moves the folder "
-                        f"aside; what the stage store holds is not computed again.") from None
-    except OSError as error:
-        raise disk_error(plan.folder, error) from error
+    if mended := study_file.mend(folder):
+        print(mended)
+    patient = optuna.storages.RDBStorage(storage_url(folder), engine_kwargs=dict(connect_args=dict(timeout=20)))
+    study = optuna.create_study(study_name="steerheal", storage=patient, load_if_exists=True,
+                                directions=["maximize", "maximize"])
     study.set_metric_names(["trait_gain", "coherence_kept"])
     return study
 

@@ -51,6 +51,9 @@ def make_sampler(name: str, seed: int) -> BaseSampler:
     raise ValueError(f"sampler = {name!r}: allowed: {', '.join(SAMPLERS)}")
 
 
+WORTHLESS = ("error", "stopped", "out of memory", "killed")  # ends that tell the study nothing: run again next time
+
+
 def recover(study: optuna.Study) -> dict[int, dict[str, Any]]:
     """Close what an interrupted run left open.
 
@@ -143,11 +146,13 @@ class StudySearcher(Searcher):
 
     def _tell(self, trial_id: str, result: dict[str, Any], error: bool) -> None:
         trial, rounds = self.trials.pop(trial_id), self.rounds.pop(trial_id)
-        end = "error" if error else result.get("end") or ("halved" if trial_id in self.halved else "stopped")
+        end = "killed" if error else result.get("end") or ("halved" if trial_id in self.halved else "stopped")
         trial.set_user_attr("end", end)
-        if result.get("error"):
-            trial.set_user_attr("error", result["error"])
         told = worth(end, rounds)
+        why = "its worker died again and again: killed by the system (memory?), or its machine went away" if error else (
+            result.get("error") or ("" if told or end in WORTHLESS else "its readouts are not finite: the model diverged"))
+        if why:
+            trial.set_user_attr("error", why)
         if told is None:
             self.study.tell(trial, state=TrialState.FAIL)
         else:
@@ -176,7 +181,7 @@ class StudySearcher(Searcher):
 
 def worth(end: str, rounds: list[dict[str, Any]]) -> tuple[tuple[float, float], float] | None:
     """What a finished trial tells the study: ((trait_gain, coherence_kept), constraint), None where it failed."""
-    if end in ("error", "stopped", "out of memory"):
+    if end in WORTHLESS:
         return None
     if end == "starved":  # the student that went into the starved round; base where none was delivered
         gain, kept = (rounds[-1]["trait_gain"], rounds[-1]["coherence_kept"]) if rounds else (0.0, 1.0)

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from steerheal.errors import UserError
 from steerheal.plan import Plan
 
 
@@ -40,5 +41,9 @@ def export(plan: Plan, table: Any) -> int:
     for folder, chain in wanted.items():
         if not (folder / "adapter_config.json").exists():  # written last, so its presence means a whole adapter
             rounds = [store.load(digest) for digest in chain]
-            history.export(history.fold([history.from_tensors(r.tensors) for r in rounds if r]), folder, base)
+            if None in rounds:
+                raise UserError(f"{folder} cannot be written: the stage store lost round {rounds.index(None)} of it. The "
+                                f"same command with --name OTHER computes what is missing, and nothing else; then give "
+                                f"this command again.")
+            history.export(history.fold([history.from_tensors(r.tensors) for r in rounds]), folder, base)
     return len(wanted)

@@ -64,4 +64,4 @@ def test_rays_files_are_local_here_and_shared_on_a_cluster(tmp_path):
     here = driver._scratch(made, Machine())
     assert made.folder not in here.parents and len(str(here)) < 60  # sockets allow 107 bytes
     here.rmdir()
-    assert driver._scratch(made, Machine(address="auto")).parent == made.folder
+    assert driver._scratch(made, Machine(address="auto")).parent == made.folder  # where every node can write
