@@ -15,10 +15,9 @@ from typing import Any
 import pandas as pd
 
 from steerheal import driver, ledger, pareto, searcher
-from steerheal.display import make_console
+from steerheal.display import make_console, say_failures
 from steerheal.errors import UserError
 from steerheal.plan import Plan
-from steerheal.search import exit_code, open_study, say_failures
 from steerheal.stages import atomic_write
 
 
@@ -38,7 +37,7 @@ def confirm(plan: Plan, study: Any, k: int, machine: driver.Machine) -> int:
     own = dataclasses.replace(plan, name=f"{plan.name}, confirming", folder=plan.folder / "confirm", sampler="grid",
                               halving=False, settings=dataclasses.replace(plan.settings, rounds=int(front["round"].max()) + 1))
     own.folder.mkdir(exist_ok=True)
-    again = open_study(own.folder)
+    again = ledger.create_study(own.folder)
     searcher.recover(again)
     fixed = _indexed(again, wanted)
     todo = [i for i in searcher.missing(again, len(fixed)) if fixed[i] in wanted]
@@ -126,7 +125,7 @@ def _report(folder: Path, found: pd.DataFrame, table: pd.DataFrame, left: list[i
         return 0
     say_failures(console, table, left)
     console.print(f"{len(left)} runs are missing; the same command goes on where this left off.")
-    return exit_code(ended.stopped)
+    return ended.exit_code
 
 
 def _indexed(study: Any, wanted: list[dict[str, Any]]) -> dict[int, dict[str, Any]]:

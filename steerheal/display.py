@@ -146,6 +146,13 @@ def front_table(table: pd.DataFrame, params: list[str], most: int | None = None)
     return out
 
 
+def say_failures(console: Console, table: pd.DataFrame, left: list[int]) -> None:
+    """Why each of these trials failed."""
+    errors = table[table["error"].ne("") & table["trial"].isin(left)].drop_duplicates("trial")
+    for _, row in errors.iterrows():
+        console.print(f"trial {row['trial']} failed: {row['error']}", soft_wrap=True)
+
+
 def interval(row: pd.Series) -> str:
     return f"{row['trait_gain']:+.3f} [{row['trait_gain_low']:+.3f}, {row['trait_gain_high']:+.3f}]"
 

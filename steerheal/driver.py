@@ -25,6 +25,7 @@ from steerheal.errors import UserError
 from steerheal.plan import Plan
 from steerheal.settings import to_flat
 
+STOPPED = 75  # EX_TEMPFAIL: give the same command again
 RESTARTS = 2  # of a trial whose worker or node died; its finished stages are replayed
 
 
@@ -42,6 +43,11 @@ class Machine:
 class Ended:
     stopped: str  # why trials are left that did not fail: "", "signal" or "hours"
     summary: str  # stages computed and replayed
+
+    @property
+    def exit_code(self) -> int:
+        """Where trials are left: a spent wall budget is an end like any other, a signal is not, a failure is one."""
+        return {"signal": STOPPED, "hours": 0}.get(self.stopped, 1)
 
 
 def run(plan: Plan, study: Any, space: dict[str, Any], todo: list[int], fixed: dict[int, dict[str, Any]], machine: Machine,

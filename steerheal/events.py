@@ -1,7 +1,7 @@
 """What a search's workers and drivers wrote down: one line per stage (`events/*.jsonl`), one per run (`sessions.jsonl`).
 
 A stage's event says when, which trial, where in the loop, which digest, and whether it was computed (with seconds) or
-replayed from the store. From these come the table of what sharing saved and the estimates of what a search will cost.
+replayed from the store. From these come what sharing saved (`waste`) and estimates of what a search will cost.
 """
 
 from __future__ import annotations
@@ -13,8 +13,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import pandas as pd
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
@@ -62,47 +60,6 @@ def sessions(folder: Path, events: list[dict[str, Any]]) -> list[Session]:
                 end = max((e["time"] for e in events if note["time"] <= e["time"] < end), default=note["time"])
             out.append(Session(note["time"], end, note["concurrent"]))
     return out
-
-
-def waste(events: list[dict[str, Any]], store_seconds: dict[str, float] | None = None) -> pd.DataFrame:
-    """What was computed and what sharing saved, one row per kind of stage.
-
-    Columns: stage; computed, seconds (spent); shared (wanted by a trial, but computed by another or by another search);
-    replayed (a trial that was interrupted and read its own stages again); saved (seconds that trials would have spent
-    without sharing, each computing every stage it wants once).
-
-    Args:
-        store_seconds: seconds of stages that this search only read, by digest.
-    """
-    kinds: dict[str, str] = {}
-    spent: dict[str, float] = {}
-    owner: dict[str, int] = {}
-    wanted: dict[tuple[int, str], int] = {}
-    for e in events:
-        if e["kind"] in ("computed", "replayed"):
-            digest = e["digest"]
-            kinds[digest] = e["stage"]
-            wanted[e["trial"], digest] = wanted.get((e["trial"], digest), 0) + 1
-            if e["kind"] == "computed":
-                spent[digest] = spent.get(digest, 0.0) + e["seconds"]
-                owner.setdefault(digest, e["trial"])
-    rows = []
-    for kind in sorted(set(kinds.values())):
-        mine = [d for d in spent if kinds[d] == kind]
-        shared = [d for t, d in wanted if kinds[d] == kind and owner.get(d) != t]
-        cost = (store_seconds or {}) | spent
-        rows.append(dict(stage=kind, computed=len(mine), seconds=sum(spent[d] for d in mine), shared=len(shared),
-                         replayed=sum(n - 1 for (_, d), n in wanted.items() if kinds[d] == kind),
-                         saved=sum(cost.get(d, 0.0) for d in shared)))
-    return pd.DataFrame(rows, columns=["stage", "computed", "seconds", "shared", "replayed", "saved"])
-
-
-def overhead(events: list[dict[str, Any]], found: list[Session]) -> float | None:
-    """Share of the drivers' time in which no stage was computed: starting Ray, loading models, proposing, drawing."""
-    held = sum((s.end - s.start) * s.concurrent for s in found)
-    inside = sum(e["seconds"] for e in events if e["kind"] == "computed"
-                 and any(s.start <= e["time"] <= s.end + 1 for s in found))
-    return 1 - inside / held if held else None
 
 
 def running(events: list[dict[str, Any]]) -> dict[int, dict[str, Any]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import warnings
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,19 @@ def open_study(folder: Path) -> optuna.Study:
     """The study of a search's folder; it must exist."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     return optuna.load_study(study_name="steerheal", storage=storage_url(folder))
+
+
+def create_study(folder: Path) -> optuna.Study:
+    """The study of a search's folder, made where there is none, put back from its backup where it is damaged."""
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+    if mended := study_file.mend(folder):
+        print(mended)
+    patient = optuna.storages.RDBStorage(storage_url(folder), engine_kwargs=dict(connect_args=dict(timeout=20)))
+    study = optuna.create_study(study_name="steerheal", storage=patient, load_if_exists=True,
+                                directions=["maximize", "maximize"])
+    study.set_metric_names(["trait_gain", "coherence_kept"])
+    return study
 
 
 def storage_url(folder: Path) -> str:

@@ -10,7 +10,6 @@ import dataclasses
 import os
 import sys
 import time
-import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,8 +21,6 @@ from steerheal.errors import UserError
 from steerheal.plan import Plan, make
 from steerheal.settings import parse_assignments
 from steerheal.stages import atomic_write, locked
-
-STOPPED = 75  # EX_TEMPFAIL: give the same command again
 
 
 @dataclasses.dataclass
@@ -160,8 +157,8 @@ def _search(plan: Plan, args: Args) -> int:
     from steerheal import driver, ledger, searcher
 
     machine = driver.Machine(args.concurrent, args.gpus_per_trial, args.address, args.hours)
+    study = ledger.create_study(plan.folder)
     searcher.make_sampler(plan.sampler, 0)  # a sampler that is not installed is told now
-    study = open_study(plan.folder)
     if args.confirm:
         from steerheal.confirm import confirm
 
@@ -184,7 +181,7 @@ def _search(plan: Plan, args: Args) -> int:
 def _finish(plan: Plan, study: Any, params: list[str], ended: Any) -> int:
     """Rebuild every view, show the front, say what went wrong and how to go on."""
     from steerheal import ledger, searcher, views
-    from steerheal.display import front_table, make_console
+    from steerheal.display import front_table, make_console, say_failures
 
     table = ledger.write(study, plan.folder)
     drawn = views.draw(plan.folder)
@@ -207,18 +204,7 @@ def _finish(plan: Plan, study: Any, params: list[str], ended: Any) -> int:
     why = {"signal": "Stopped.", "hours": "The wall budget is spent."}.get(ended.stopped, f"{len(left)} trials failed.")
     console.print(f"{why} {plan.trials - len(left)} of {plan.trials} trials are finished; the same command goes on "
                   f"where this left off.")
-    return exit_code(ended.stopped)
-
-
-def say_failures(console: Any, table: Any, left: list[int]) -> None:
-    errors = table[table["error"].ne("") & table["trial"].isin(left)].drop_duplicates("trial")
-    for _, row in errors.iterrows():
-        console.print(f"trial {row['trial']} failed: {row['error']}", soft_wrap=True)
-
-
-def exit_code(stopped: str) -> int:
-    """Of a run that left trials: a spent wall budget is an end like any other, a signal is not, a failure is one."""
-    return {"signal": STOPPED, "hours": 0}.get(stopped, 1)
+    return ended.exit_code
 
 
 # ---------------------------------------------------------------- the folder
@@ -228,23 +214,6 @@ def _prove_writable(folder: Path) -> None:
     """Fail now, in words, and not in the first worker an hour later."""
     atomic_write(folder / ".writable", b"")
     (folder / ".writable").unlink()
-
-
-def open_study(folder: Path) -> Any:
-    """The study of a search's folder, made where there is none, put back from its backup where it is damaged."""
-    import optuna
-
-    from steerheal.ledger import storage_url
-
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-    if mended := study_file.mend(folder):
-        print(mended)
-    patient = optuna.storages.RDBStorage(storage_url(folder), engine_kwargs=dict(connect_args=dict(timeout=20)))
-    study = optuna.create_study(study_name="steerheal", storage=patient, load_if_exists=True,
-                                directions=["maximize", "maximize"])
-    study.set_metric_names(["trait_gain", "coherence_kept"])
-    return study
 
 
 if __name__ == "__main__":

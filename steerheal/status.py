@@ -9,9 +9,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from analysis import waste
-from steerheal import events
-from steerheal.display import clock, front_table, make_console
+from steerheal import events, ledger, waste
+from steerheal.display import clock, front_table, make_console, say_failures
 from steerheal.errors import UserError
 
 
@@ -23,7 +22,7 @@ def show(folder: Path) -> int:
     """
     try:
         plan = json.loads((folder / "search.json").read_text())
-        table = pd.read_parquet(folder / "ledger.parquet")
+        table = ledger.read(folder)
         progress = pd.read_csv(folder / "progress.csv")
     except FileNotFoundError as error:
         there = ", ".join(sorted(p.parent.name for p in folder.parent.glob("*/search.json"))) or "none"
@@ -42,9 +41,7 @@ def show(folder: Path) -> int:
         last = progress.iloc[-1]
         left = f", about {clock(3600 * last['hours'] / done * (total - done))} left at this pace" if done < total else ""
         console.print(f"hypervolume {last['hypervolume']:.4f} after {last['hours']:.2f} hours{left}", soft_wrap=True)
-    failed = table[table["state"].eq("fail")].drop_duplicates("trial")
-    for _, row in failed[failed["error"].ne("")].iterrows():
-        console.print(f"trial {row['trial']} failed: {row['error']}", soft_wrap=True)
+    say_failures(console, table, list(table["trial"][table["state"].eq("fail")]))
     if table["front"].any():
         console.print(front_table(table, searched(table)))
     if found:

@@ -4,8 +4,7 @@ import json
 import optuna
 import pytest
 
-from analysis import waste
-from steerheal import events, ledger
+from steerheal import events, ledger, waste
 from steerheal.events import Session
 from steerheal.stages import Result, Store
 
@@ -19,16 +18,16 @@ def test_waste_counts_what_each_trial_would_have_computed_alone():
              event("replayed", 1, "v", "vector"), event("computed", 1, "b", seconds=20),
              event("replayed", 1, "v", "vector"), event("replayed", 1, "b"),  # trial 1 was interrupted and came back
              event("replayed", 2, "v", "vector"), event("replayed", 2, "other")]  # "other": by another search
-    table = events.waste(found, {"other": 5.0}).set_index("stage")
+    table = waste.count(found, {"other": 5.0}).set_index("stage")
     assert table.loc["vector"].to_dict() == dict(computed=1, seconds=3, shared=2, replayed=1, saved=6)
     assert table.loc["heal"].to_dict() == dict(computed=2, seconds=30, shared=1, replayed=1, saved=5)
 
 
 def test_overhead_is_the_time_outside_stages():
     found = [event("computed", 0, "a", seconds=30, at=40), event("computed", 0, "b", seconds=50, at=100)]
-    assert events.overhead(found, [Session(0, 100, 1)]) == pytest.approx(0.2)
-    assert events.overhead(found, [Session(0, 100, 2)]) == pytest.approx(0.6)
-    assert events.overhead(found, []) is None
+    assert waste.overhead(found, [Session(0, 100, 1)]) == pytest.approx(0.2)
+    assert waste.overhead(found, [Session(0, 100, 2)]) == pytest.approx(0.6)
+    assert waste.overhead(found, []) is None
 
 
 def test_a_killed_session_lasts_to_its_last_event(tmp_path):
