@@ -57,7 +57,7 @@ class ReadOnly(Store):
     found = 0
 
     def stage(self, stage: str, inputs: dict[str, Any], compute: Callable[[], Result]) -> Result:
-        result = self.load(digest_of(stage, inputs), stage)
+        result = self.load(digest_of(stage, inputs))
         if result is None:
             raise Missing(stage)
         self.found += 1

@@ -158,6 +158,8 @@ class StudySearcher(Searcher):
         else:
             values, constraint = told
             trial.set_constraint("deliverable", constraint)
+            # optuna-dashboard (0.21) reads constraints only where Optuna 4 put them
+            trial.storage.set_trial_system_attr(trial._trial_id, "constraints", [constraint])
             self.study.tell(trial, values)
         self.on_change(self.index[trial_id], None)
 

@@ -94,5 +94,6 @@ def test_halving_ends_a_dominated_trial_at_a_rung_as_complete(tmp_path):
 def test_the_study_holds_what_optunas_own_tools_read(tmp_path):
     drive(tmp_path, "random", [0])
     trial = study(tmp_path).trials[0]
-    assert trial.constraints == {"deliverable": pytest.approx(0.3 * trial.params["heal.tau"] - 0.15)}
+    constraint = pytest.approx(0.3 * trial.params["heal.tau"] - 0.15)
+    assert trial.constraints["deliverable"] == constraint and trial.system_attrs["constraints"] == [constraint]
     assert trial.user_attrs["rounds"][0]["trait_gain"] == trial.values[0]

@@ -140,6 +140,6 @@ def test_the_study_opens_in_optunas_own_tools(searched):
     for trial in study.trials:
         if trial.state.name == "COMPLETE":
             rounds = trial.user_attrs["rounds"]
-            assert json.dumps(rounds) and trial.constraints.keys() == {"deliverable"}
+            assert json.dumps(rounds) and "deliverable" in trial.constraints
     feasible = [t.number for t in study.best_trials]
     assert all(study.trials[n].constraints["deliverable"] <= 0 for n in feasible)
