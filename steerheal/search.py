@@ -218,8 +218,9 @@ def _tune(plan: Plan, tuner_search: Any, concurrent: int, address: str | None, c
         def stop_all(self) -> bool:
             return bool(Halt.fatal) or (plan.folder / ".stop").exists()
 
-    everywhere = dict(log_to_driver=False, logging_level=logging.ERROR,
-                      runtime_env={"env_vars": {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}})
+    everywhere: dict[str, Any] = dict(
+        log_to_driver=False, logging_level=logging.ERROR,
+        runtime_env={"env_vars": {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}})
     with _quiet():
         if address:
             try:
@@ -347,12 +348,11 @@ def _export(plan: Plan, table: Any) -> int:
     store = Store(plan.store)
     for folder, chain in wanted.items():
         if not (folder / "adapter_config.json").exists():  # written last, so its presence means a whole adapter
-            rounds = [store.load(digest) for digest in chain]
-            if None in rounds:
-                raise UserError(f"{folder} cannot be written: the stage store lost round {rounds.index(None)} of it. The "
-                                f"same command with --name OTHER computes what is missing, and nothing else; then give "
-                                f"this command again.")
-            history.export(history.fold([history.from_tensors(r.tensors) for r in rounds]), folder, base)
+            rounds = [history.from_tensors(found.tensors) for digest in chain if (found := store.load(digest))]
+            if len(rounds) < len(chain):
+                raise UserError(f"{folder} cannot be written: the stage store lost a round of it. The same command with "
+                                f"--name OTHER computes what is missing, and nothing else; then give this command again.")
+            history.export(history.fold(rounds), folder, base)
     return len(wanted)
 
 
