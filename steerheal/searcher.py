@@ -109,14 +109,16 @@ class StudySearcher(Searcher):
     def stops(self, trial_id: str, result: dict[str, Any]) -> bool:
         """Whether halving ends this trial with this result. Ray asks its stopper before it tells the searcher."""
         if self.halve and trial_id in self.trials:
+            known = len(self.rounds[trial_id])
             self._guard(self._keep, trial_id, result)
-            self._guard(self._judge, trial_id, result)
+            if len(self.rounds[trial_id]) > known and not result.get("end"):  # a restarted trial repeats its rounds
+                self._guard(self._judge, trial_id)
         return trial_id in self.halved
 
-    def _judge(self, trial_id: str, result: dict[str, Any]) -> None:
+    def _judge(self, trial_id: str) -> None:
         own = self.rounds[trial_id]
         n = len(own)
-        if result.get("end") or not halving.is_rung(n):
+        if not halving.is_rung(n):
             return
         others = [t.user_attrs.get("rounds", []) for i, t in latest(self.study).items() if i != self.index[trial_id]]
         if halving.halved(own[n - 1], [rounds[n - 1] for rounds in others if len(rounds) >= n]):

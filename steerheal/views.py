@@ -40,10 +40,9 @@ def export(plan: Plan, table: Any) -> int:
     store = Store(plan.store)
     for folder, chain in wanted.items():
         if not (folder / "adapter_config.json").exists():  # written last, so its presence means a whole adapter
-            rounds = [store.load(digest) for digest in chain]
-            if None in rounds:
-                raise UserError(f"{folder} cannot be written: the stage store lost round {rounds.index(None)} of it. The "
-                                f"same command with --name OTHER computes what is missing, and nothing else; then give "
-                                f"this command again.")
-            history.export(history.fold([history.from_tensors(r.tensors) for r in rounds]), folder, base)
+            rounds = [history.from_tensors(found.tensors) for digest in chain if (found := store.load(digest))]
+            if len(rounds) < len(chain):
+                raise UserError(f"{folder} cannot be written: the stage store lost a round of it. The same command with "
+                                f"--name OTHER computes what is missing, and nothing else; then give this command again.")
+            history.export(history.fold(rounds), folder, base)
     return len(wanted)
