@@ -127,8 +127,8 @@ class Display:
 
 def make_console() -> Console:
     """Lines piped to a file are not broken at 80 columns."""
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=140)
+    console = Console(highlight=False, markup=False)  # "p[authority]" is no style
+    return console if console.is_terminal else Console(highlight=False, markup=False, width=140)
 
 
 def front_table(table: pd.DataFrame, params: list[str], most: int | None = None) -> Table:

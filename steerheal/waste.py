@@ -53,7 +53,7 @@ def count(found: list[dict[str, Any]], store_seconds: dict[str, float] | None = 
     """What was computed and what sharing saved, one row per kind of stage.
 
     Columns: stage; computed, seconds (spent); shared (wanted by a trial, but computed by another or by another search);
-    replayed (a trial that was interrupted and read its own stages again); saved (seconds that trials would have spent
+    replayed (read again by the same trial: after an interruption, or because two of its steps want one stage); saved (seconds that trials would have spent
     without sharing, each computing every stage it wants once).
 
     Args:
