@@ -105,7 +105,7 @@ class Display:
                 self._say(f"trial {trial} {event['where']}")
 
     def _say(self, text: str) -> None:
-        stamp = _clock(time.monotonic() - self.started)
+        stamp = clock(time.monotonic() - self.started)
         self.console.print(Text(f"[{stamp}] {text}"), soft_wrap=True)
 
     # ------------------------------------------------------------ the panel
@@ -113,12 +113,12 @@ class Display:
     def _render(self) -> Group:
         elapsed = time.monotonic() - self.started
         left = self.total - self.done_before - self.finished
-        remaining = _clock(elapsed / self.finished * left) if self.finished else "after the first trial"
+        remaining = clock(elapsed / self.finished * left) if self.finished else "after the first trial"
         head = Text.assemble((f"{self.name}  ", "bold"), f"{self.done_before + self.finished} of {self.total} trials, "
-                             f"{self.rounds} rounds each   elapsed {_clock(elapsed)}   remaining: {remaining}")
+                             f"{self.rounds} rounds each   elapsed {clock(elapsed)}   remaining: {remaining}")
         lines: list[Any] = [head]
         for trial, (where, since) in sorted((t, w) for t, w in self.where.items() if t not in self.complete):
-            lines.append(Text(f"  trial {trial}  {where}  {_clock(max(time.time() - since, 0))}", style="cyan"))
+            lines.append(Text(f"  trial {trial}  {where}  {clock(max(time.time() - since, 0))}", style="cyan"))
         lines.append(Text(f"  {self.summary()}", style="dim"))
         if self.table is not None and self.table["front"].any():
             lines.append(front_table(self.table, self.params, 5))
@@ -127,8 +127,8 @@ class Display:
 
 def make_console() -> Console:
     """Lines piped to a file are not broken at 80 columns."""
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=140)
+    console = Console(highlight=False, markup=False)  # "p[authority]" is no style
+    return console if console.is_terminal else Console(highlight=False, markup=False, width=140)
 
 
 def front_table(table: pd.DataFrame, params: list[str], most: int | None = None) -> Table:
@@ -146,6 +146,13 @@ def front_table(table: pd.DataFrame, params: list[str], most: int | None = None)
     return out
 
 
+def say_failures(console: Console, table: pd.DataFrame, left: list[int]) -> None:
+    """Why each of these trials failed."""
+    errors = table[table["error"].ne("") & table["trial"].isin(left)].drop_duplicates("trial")
+    for _, row in errors.iterrows():
+        console.print(f"trial {row['trial']} failed: {row['error']}", soft_wrap=True)
+
+
 def interval(row: pd.Series) -> str:
     return f"{row['trait_gain']:+.3f} [{row['trait_gain_low']:+.3f}, {row['trait_gain_high']:+.3f}]"
 
@@ -157,6 +164,7 @@ def describe(row: pd.Series) -> str:
             f"fluency kept {row['fluency_kept']:.2f}: {row['verdict']}{notes}")
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """Seconds as h:mm:ss."""
     s = int(seconds)
     return f"{s // 3600}:{s // 60 % 60:02d}:{s % 60:02d}"

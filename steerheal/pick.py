@@ -33,15 +33,10 @@ def main() -> None:
 
 
 def pick(args: Args) -> int:
-    import pandas as pd
-
+    from steerheal import ledger
     from steerheal.display import front_table, interval, make_console
 
-    try:
-        table = pd.read_parquet(args.folder / "ledger.parquet")
-    except FileNotFoundError:
-        raise UserError(f"{args.folder} holds no ledger; name a folder that `python -m steerheal.search` "
-                        f"wrote.") from None
+    table = ledger.read(args.folder)
     front = table[table["front"]].sort_values("trait_gain", ascending=False).reset_index(drop=True)
     if front.empty:
         raise UserError(f"{args.folder}: no round was deliverable, so there is nothing to pick.")

@@ -107,8 +107,8 @@ class Reading:
         return _interval(sign * (self.resampled(metric) - other.resampled(metric)), self._n(metric))
 
     def ratio(self, base: Reading, metric: str) -> float:
-        """min(1, self / base): the share that is kept."""
-        return float(min(1.0, self.value(metric) / max(base.value(metric), 1e-12)))
+        """min(1, self / base): the share that is kept. NaN, a model that diverged, keeps nothing."""
+        return float(np.nan_to_num(np.minimum(1.0, self.value(metric) / max(base.value(metric), 1e-12)), nan=0.0))
 
     def auc(self, foundation: str) -> Estimate:
         """Probability that p[foundation] is larger on one of its own vignettes than on another (ties half)."""
