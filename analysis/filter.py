@@ -85,7 +85,10 @@ def draw(d: Data) -> plt.Figure:
     figure = plt.figure(figsize=(style.WIDTH, 5.6 + 0.62 * len(border)), layout="constrained")
     above, middle, below = figure.subplots(3, 1, height_ratios=(2.2, 2.8, 0.2 + 0.62 * len(border)))
     s = d.survival
-    above.set_title(f"{d.name}: {len(d.samples)} completions, {d.samples['kept'].sum()} kept")
+    reasons = d.samples.loc[~d.samples["kept"], "reasons"].str.split().explode().value_counts()
+    above.set_title(f"{d.name}: {len(d.samples)} completions, {d.samples['kept'].sum()} kept", pad=18)
+    above.annotate("dropped for: " + (", ".join(f"{reason} {n}" for reason, n in reasons.items()) or "nothing"), (0, 1),
+                   (0, 5), xycoords="axes fraction", textcoords="offset points", fontsize=style.SMALL, color=style.DARK)
     above.errorbar(s["dose"], s["kept"], yerr=[s["kept"] - s["low"], s["high"] - s["kept"]], color=style.BLUE, fmt="o-",
                    markersize=5, linewidth=1.3, elinewidth=0.9)
     for _, row in s.iterrows():
@@ -116,9 +119,7 @@ def _draw_perplexity(axes: plt.Axes, d: Data) -> None:
                   textcoords="offset points", fontsize=style.SMALL, path_effects=style.HALO)
     axes.set_ylabel("perplexity under base\nlast quarter (better ↓)")
     axes.set_xlabel("dose, in edge doses")
-    reasons = s.loc[~s["kept"], "reasons"].str.split().explode().value_counts()
-    style.key(axes, {"kept": style.BLUE, "dropped: " + ", ".join(f"{n} {r}" for r, n in reasons.items()): style.ORANGE}
-              if len(reasons) else {"kept": style.BLUE})
+    style.key(axes, {"kept": style.BLUE, "dropped": style.ORANGE})
 
 
 def _write_samples(axes: plt.Axes, border: pd.DataFrame) -> None:
@@ -127,7 +128,7 @@ def _write_samples(axes: plt.Axes, border: pd.DataFrame) -> None:
     for i, (_, row) in enumerate(border.iterrows()):
         head = f"{row['perplexity']:.3g} at {row['share']:.2f} edge doses, " + (
             "kept" if row["kept"] else f"dropped: {row['reasons']}")
-        body = "\n".join(textwrap.wrap(shown(row["text"]), 100, max_lines=2, placeholder=" …"))
+        body = "\n".join(textwrap.wrap(shown(row["text"]), 90, max_lines=2, placeholder=" …"))
         axes.text(0, 1 - i / len(border), f"{head}\n{body}", transform=axes.transAxes, va="top", fontsize=style.SMALL,
                   color=style.BLUE if row["kept"] else style.ORANGE)
 

@@ -82,7 +82,9 @@ def draw(d: Data) -> plt.Figure:
         return figure
     heights = [2.1] * len(d.params) + [0.7 + 0.35 * len(d.importance)]
     figure = plt.figure(figsize=(style.WIDTH, 0.8 + sum(heights)), layout="constrained")
-    figure.suptitle(f"{d.name}: each searched setting, round by round", fontweight="bold", fontsize=11.5, ha="left", x=0.02)
+    grey = "" if d.rounds["deliverable"].all() else "; grey: not deliverable"
+    figure.suptitle(f"{d.name}: each searched setting\nevery round a point; darker: later round{grey}", fontweight="bold",
+                    fontsize=11.5, ha="left", x=0.02)
     grid = figure.add_gridspec(len(heights), 3, height_ratios=heights)
     for row, param in enumerate(d.params):
         for column, (value, label) in enumerate(PANELS.items()):
@@ -99,7 +101,7 @@ def _draw_panel(axes: plt.Axes, d: Data, param: str, value: str) -> None:
     if rounds[value].isna().all():
         style.say(axes, f"{value} is not\nin this ledger")
         return
-    x = _positions(axes, rounds[param])
+    x = _positions(axes, rounds[param], rounds["round"])
     able = rounds["deliverable"] if rounds["deliverable"].any() else rounds["deliverable"] | True
     if value == "coherence_kept":
         axes.axhline(COHERENCE_FLOOR, color=style.GREY, linewidth=1, linestyle="--")
@@ -118,8 +120,9 @@ def _draw_panel(axes: plt.Axes, d: Data, param: str, value: str) -> None:
         style.note(axes, "× inert barrier", "left", 0.1)
 
 
-def _positions(axes: plt.Axes, values: pd.Series) -> np.ndarray:
-    """Where the values lie on the x axis, which is set up for them: linear, logarithmic or one place per category."""
+def _positions(axes: plt.Axes, values: pd.Series, rounds: pd.Series) -> np.ndarray:
+    """Where the values lie on the x axis, which is set up for them: linear, logarithmic, or one place per category and
+    within it later rounds to the right."""
     if pd.api.types.is_numeric_dtype(values) and not pd.api.types.is_bool_dtype(values):
         x = values.to_numpy(float)
         if style.is_wide(x):
@@ -132,7 +135,8 @@ def _positions(axes: plt.Axes, values: pd.Series) -> np.ndarray:
     names = sorted(values.map(str).unique())
     axes.set_xticks(range(len(names)), names)
     axes.set_xlim(-0.5, len(names) - 0.5)
-    return values.map(str).map(names.index).to_numpy(float)
+    within = (rounds + 0.5) / (rounds.max() + 1) - 0.5
+    return values.map(str).map(names.index).to_numpy(float) + 0.5 * within.to_numpy(float)
 
 
 def _draw_importance(axes: plt.Axes, d: Data) -> None:

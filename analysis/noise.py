@@ -1,8 +1,8 @@
 """python -m analysis.noise results/SEARCH: which differences along the front are real?
 
 Every member of the front with its 95% interval over items (line), the same settings run again under other run seeds (open
-dots, from confirm.csv), and between neighbours the verdict on their difference. A difference is real where it is clear of
-item noise and of seed noise. Without confirm.csv only items are compared, and the picture says so.
+dots, from confirm.csv). Green words under a member name the first of those below it from which on every difference is real:
+clear of item noise and of seed noise. Without confirm.csv only items are compared, and the picture says so.
 
 Item noise of a difference: the two intervals' half-widths in quadrature, as if items were drawn anew for each member. They
 are the same items, so this is the cautious side. Seed noise: Student's t interval of the differences under the seeds that
@@ -11,6 +11,7 @@ both members have, which share their draws.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,7 +33,7 @@ class Data:
 
     members: the front by descending trait gain, with low and high of either objective over items.
     seeds: trial, round, seed, trait_gain, coherence_kept, deliverable; empty where nothing was confirmed.
-    differences: of neighbours: a, b (trial.round), objective, difference, item_noise, seeds (how many they share),
+    differences: of all pairs: a, b (trial.round), objective, difference, item_noise, seeds (how many they share),
     seed_difference, seed_noise, verdict. Noise is the half-width of a 95% interval.
     """
 
@@ -54,8 +55,8 @@ def data(folder: Path) -> Data:
     seeds = pd.read_csv(path) if path.exists() else pd.DataFrame(
         columns=["trial", "round", "seed", *OBJECTIVES, "deliverable"])
     members = _members(search)
-    pairs = list(zip(members.index[:-1], members.index[1:]))
-    rows = [_difference(members.loc[a], members.loc[b], seeds, objective) for a, b in pairs for objective in OBJECTIVES]
+    rows = [_difference(a, b, seeds, objective) for objective in OBJECTIVES
+            for (_, a), (_, b) in itertools.combinations(members.iterrows(), 2)]
     columns = ["a", "b", "objective", "difference", "item_noise", "seeds", "seed_difference", "seed_noise", "verdict"]
     return Data(search.name, search.trait, members, seeds, pd.DataFrame(rows, columns=columns))
 
@@ -65,6 +66,7 @@ def _members(search: Search) -> pd.DataFrame:
     scale = front["coherence_kept"] / front["coherence"]  # coherence's interval, as a share of base like coherence_kept
     front["coherence_kept_low"] = front["coherence_kept"] - scale * (front["coherence"] - front["coherence_low"])
     front["coherence_kept_high"] = front["coherence_kept"] + scale * (front["coherence_high"] - front["coherence"])
+    front["coherence_kept_high"] = front["coherence_kept_high"].clip(upper=1)
     front["label"] = front["trial"].astype(str) + "." + front["round"].astype(str)
     return front[["trial", "round", "label", *(f"{o}{end}" for o in OBJECTIVES for end in ("", "_low", "_high"))]]
 
@@ -110,7 +112,7 @@ def draw(d: Data) -> plt.Figure:
         style.say(axes, f"{d.name}: no round is deliverable, so there is no front to compare")
         return figure
     shown = d.members.head(MOST)
-    figure, panels = plt.subplots(1, 2, figsize=(style.WIDTH, 1.7 + 0.55 * len(shown)), sharey=True, layout="constrained")
+    figure, panels = plt.subplots(1, 2, figsize=(style.WIDTH, 1.7 + 0.45 * len(shown)), sharey=True, layout="constrained")
     for axes, (objective, label) in zip(panels, OBJECTIVES.items()):
         _draw_objective(axes, d, shown, objective)
         axes.set_xlabel(label)
@@ -132,25 +134,35 @@ def _draw_objective(axes: plt.Axes, d: Data, shown: pd.DataFrame, objective: str
     axes.margins(x=0.08)
     if objective == "trait_gain":
         axes.axvline(0, color=style.GREY, linewidth=0.8)
-    verdicts = d.differences[d.differences["objective"] == objective]["verdict"].head(len(shown) - 1)
-    for y, verdict in enumerate(verdicts):
-        real = verdict in ("real", "clear of items only")
-        axes.annotate(verdict, (0.99, y + 0.5), xycoords=("axes fraction", "data"), ha="right", va="center",
-                      fontsize=style.SMALL, color=style.GREEN if real else style.DARK, path_effects=style.HALO,
-                      fontweight="bold" if real else "normal")
+    differences = d.differences[d.differences["objective"] == objective]
+    others = [differs_from(differences, label) for label in shown["label"]]
+    for y, other in enumerate(others):
+        if other:
+            axes.annotate(f"differs from {other} and below", (0.99, y + 0.45), xycoords=("axes fraction", "data"),
+                          ha="right", va="center", fontsize=style.SMALL, color=style.GREEN, path_effects=style.HALO)
+    if len(shown) > 1 and not any(others):
+        style.note(axes, "no difference is clear of noise", y=0.01)
+
+
+def differs_from(differences: pd.DataFrame, label: str) -> str | None:
+    """The first member below `label` from which on every difference to it is clear; None where there is none."""
+    below = differences[differences["a"] == label]
+    clear = below["verdict"].isin(["real", "clear of items only"])[::-1].cummin()[::-1]
+    return below.loc[clear, "b"].iloc[0] if clear.any() else None
 
 
 def _summary(d: Data) -> str:
-    count = f"{len(d.members)} on the front" + (f", {MOST} shown" if len(d.members) > MOST else "")
     if len(d.members) == 1:
         return "one member on the front: nothing to compare"
+    count = f"which differences of the {len(d.members)} on the front are real?" + (
+        f" {MOST} shown." if len(d.members) > MOST else "")
     if d.seeds.empty:
-        return f"{count}; lines: items only,\nseed noise is not measured (no confirm.csv)"
-    return f"{count}; lines: items,\nopen dots: {d.seeds['seed'].nunique()} other seeds"
+        return f"{count}\n95% intervals over items only: seed noise is not measured (no confirm.csv)"
+    return f"{count}\nlines: 95% over items; open dots: the same settings under {d.seeds['seed'].nunique()} run seeds"
 
 
 def draw_folder(folder: Path) -> Path:
-    """Write noise.png, .svg and .csv into a search's folder; noise.csv holds the differences of neighbours.
+    """Write noise.png, .svg and .csv (the differences of all pairs) into a search's folder.
 
     Args:
         folder: a search's folder, such as results/quickstart

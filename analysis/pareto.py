@@ -134,6 +134,7 @@ def draw(d: Data) -> plt.Figure:
     labels += [(row["trait_gain"], row["coherence_kept"],
                 f"steered {row['edge_doses']:g}× edge" if row["label"] == "steered" else row["label"], style.BLACK)
                for _, row in d.baselines.iterrows()]
+    style.settle(figure)
     style.place_labels(axes, labels, list(zip(d.points["trait_gain"], d.points["coherence_kept"])))
     return figure
 
@@ -191,7 +192,8 @@ def _draw_coloured(axes: plt.Axes, able: pd.DataFrame, color: str) -> None:
         drawn = axes.scatter(x, y, c=values, cmap="viridis", norm=norm, **look)
         bar = axes.figure.colorbar(drawn, ax=axes, label=color, pad=0.01, aspect=35)
         bar.outline.set_visible(False)
-        style.plain_numbers(bar.ax.yaxis)
+        if style.is_wide(values):
+            style.plain_numbers(bar.ax.yaxis)
     else:
         names = sorted(values.map(str).unique())
         colours = dict(zip(names, style.PALETTE)) | {n: style.BLACK for n in names[len(style.PALETTE):]}

@@ -105,7 +105,10 @@ def draw(d: Data) -> plt.Figure:
     right = figure.add_subplot(grid[0, 1], sharey=left)
     _draw_volume(left, range(1, len(d.trials) + 1), d.trials, "trials finished")
     unit, per = ("hours", 1) if d.trials["hours"].max() >= 1 else ("minutes", 60)
-    _draw_volume(right, d.trials["hours"] * per, d.trials, f"{unit} of computing")
+    if d.stages.empty:
+        style.say(right, "hours are not on record:\nthis folder has no events")
+    else:
+        _draw_volume(right, d.trials["hours"] * per, d.trials, f"{unit} of computing")
     left.set_ylabel("hypervolume (better ↑)\nnats × coherence kept")
     left.xaxis.get_major_locator().set_params(integer=True)
     right.tick_params(labelleft=False)
@@ -128,7 +131,7 @@ def _draw_volume(axes: plt.Axes, x: pd.Series | range, trials: pd.DataFrame, lab
 
 def _draw_stages(axes: plt.Axes, stages: pd.DataFrame) -> None:
     if stages.empty:
-        style.say(axes, "this folder has no events: where the time went is not on record")
+        style.say(axes, "where the time went is not on record")
         return
     unit, per = ("hours", 3600) if stages["computed"].sum() + stages["saved"].sum() >= 7200 else ("minutes", 60)
     y = np.arange(len(stages))[::-1]

@@ -16,6 +16,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.patheffects import withStroke
+from matplotlib.ticker import LogLocator
 
 from steerheal.stages import atomic_write
 
@@ -52,6 +53,7 @@ def log_scale(axes: plt.Axes, which: str) -> None:
 
 
 def plain_numbers(axis: matplotlib.axis.Axis) -> None:
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.set_major_formatter("{x:g}")
     axis.set_minor_formatter("")
 
@@ -70,18 +72,18 @@ def note(axes: plt.Axes, text: str, side: str = "right", y: float = 0.02) -> Non
 
 def key(axes: plt.Axes, colours: dict[str, str]) -> None:
     """The names of colours, written in them above the right end of the axes."""
-    right = 1.0
+    left = 0.0
     for label, colour in reversed(colours.items()):
-        text = axes.text(right, 1.01, label, transform=axes.transAxes, ha="right", va="bottom", fontsize=SMALL,
-                         color=colour, fontweight="bold")
-        right -= (text.get_window_extent().width + 12) / axes.get_window_extent().width
+        text = axes.annotate(label, (1, 1), (left, 3), xycoords="axes fraction", textcoords="offset points", ha="right",
+                             fontsize=SMALL, color=colour, fontweight="bold")
+        left -= text.get_window_extent().width / axes.figure.dpi * 72 + 10
 
 
 def is_wide(values: Sequence[float]) -> bool:
-    """Positive numbers that span more than a decade: read best on a logarithmic axis."""
+    """Positive numbers that span far: read best on a logarithmic axis."""
     finite = np.asarray(values, float)
     finite = finite[np.isfinite(finite)]
-    return len(finite) > 0 and bool(finite.min() > 0) and bool(finite.max() > 10 * finite.min())
+    return len(finite) > 0 and bool(finite.min() > 0) and bool(finite.max() > 5 * finite.min())
 
 
 def scatter(axes: plt.Axes, x: Sequence[float], y: Sequence[float], **look: object) -> int:
@@ -96,15 +98,20 @@ def scatter(axes: plt.Axes, x: Sequence[float], y: Sequence[float], **look: obje
     return int(outside.sum())
 
 
+def settle(figure: plt.Figure) -> None:
+    """Lay the figure out once and for all, so that places on the page are known."""
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+
+
 def place_labels(axes: plt.Axes, labels: Sequence[tuple[float, float, str, str]],
                  points: Sequence[tuple[float, float]] = ()) -> None:
-    """Write labels (x, y, text, colour) beside their points, each where it covers no earlier label and no point.
+    """Write labels (x, y, text, colour) beside their points, each where it covers no earlier label and no point. The
+    figure must be settled.
 
     Places near the point come first; farther ones get a thin line to it. Where nowhere is free the label is left out: the
     CSV has every point.
     """
-    figure = axes.figure
-    figure.canvas.draw()
     frame = axes.get_window_extent()
     taken: list = [text.get_window_extent() for text in axes.texts]
     spots = axes.transData.transform([(x, y) for x, y, *_ in labels] + list(points))

@@ -99,6 +99,7 @@ def draw(d: Data) -> plt.Figure:
     figure.suptitle(f"{d.name}: base → steered → healed" + f"\n{d.words}" * bool(d.words), fontweight="bold",
                     fontsize=11.5, ha="left", x=0.02)
     blocks = figure.subfigures(len(trials), 1, squeeze=False)[:, 0]
+    panels = []
     for block, trial in zip(blocks, trials):
         grid = block.add_gridspec(2, 2, width_ratios=(1.35, 1), height_ratios=(1.5, 1))
         states = d.states[d.states["trial"] == trial]
@@ -106,13 +107,16 @@ def draw(d: Data) -> plt.Figure:
         _draw_steps(trait, states, "trait_gain")
         trait.axhline(0, color=style.GREY, linewidth=0.8)
         trait.set_title(f"trial {trial}")
-        trait.set_ylabel(f"trait gain (better ↑)\n{d.trait.removesuffix('_nats')}, nats")
+        trait.set_ylabel(f"trait gain (better ↑)\n{d.trait.removesuffix('_nats')} readout, nats")
         trait.tick_params(labelbottom=False)
         below = block.add_subplot(grid[1, 0], sharex=trait)
         _draw_incoherence(below, states, d.floor)
         beside = block.add_subplot(grid[:, 1])
         _draw_map(beside, states, d.wanted)
-        _name_states(trait, states)
+        panels.append((trait, beside, states))
+    style.settle(figure)
+    for trait, beside, states in panels:
+        _name_states(trait, beside, states)
     return figure
 
 
@@ -134,7 +138,7 @@ def _draw_incoherence(axes: plt.Axes, states: pd.DataFrame, floor: float) -> Non
     columns = ["incoherence", "incoherence_low", "incoherence_high"]
     _draw_steps(axes, states.assign(**states[columns].clip(lower=SMALLEST)), "incoherence")
     style.log_scale(axes, "y")
-    axes.set_ylabel("incoherence (better ↓)\n1 − coherence")
+    axes.set_ylabel("1 − coherence\n(better ↓)")
     axes.set_xlabel("after round")
     if floor == floor:
         axes.axhline(floor, color=style.GREY, linewidth=1, linestyle="--")
@@ -158,21 +162,21 @@ def _draw_map(axes: plt.Axes, states: pd.DataFrame, wanted: dict[str, int]) -> N
     marks = {foundation: better.get((foundation, sign), "") for foundation, sign in wanted.items()}
     axes.set_xlabel(f"authority, nats{marks.get('authority', '')}")
     axes.set_ylabel(f"care, nats{marks.get('care', '')}")
-    axes.set_title("blame on authority and care")
+    axes.set_title("authority and care")
     if known.empty:
         style.say(axes, "authority and care nats\nare not in this ledger")
-        return
-    named = known[known["state"] != "steered"]
-    style.place_labels(axes, [(row["authority_nats"], row["care_nats"],
-                               "base" if row["state"] == "base" else f"r{row['round']}", STATES[row["state"]][0])
-                              for _, row in named.iterrows()], list(zip(known["authority_nats"], known["care_nats"])))
 
 
-def _name_states(axes: plt.Axes, states: pd.DataFrame) -> None:
-    """Each state is named where it first occurs."""
+def _name_states(trait: plt.Axes, beside: plt.Axes, states: pd.DataFrame) -> None:
+    """In the zigzag each state is named where it first occurs, on the map every round."""
     first = states.dropna(subset=["trait_gain"]).drop_duplicates("state")
-    style.place_labels(axes, [(row["step"], row["trait_gain"], row["state"], STATES[row["state"]][0])
-                              for _, row in first.iterrows()], list(zip(states["step"], states["trait_gain"])))
+    style.place_labels(trait, [(row["step"], row["trait_gain"], row["state"], STATES[row["state"]][0])
+                               for _, row in first.iterrows()], list(zip(states["step"], states["trait_gain"])))
+    known = states.dropna(subset=["authority_nats", "care_nats"])
+    style.place_labels(beside, [(row["authority_nats"], row["care_nats"],
+                                 "base" if row["state"] == "base" else f"r{row['round']}", STATES[row["state"]][0])
+                                for _, row in known[known["state"] != "steered"].iterrows()],
+                       list(zip(known["authority_nats"], known["care_nats"])))
 
 
 def draw_folder(folder: Path, trial: int | None = None) -> Path:
