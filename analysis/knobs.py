@@ -91,6 +91,7 @@ def draw(d: Data) -> plt.Figure:
             axes = figure.add_subplot(grid[row, column])
             _draw_panel(axes, d, param, value)
             axes.set_xlabel(param)
+            axes.tick_params(labelsize=style.SMALL)
             axes.set_title(label, fontsize=style.SMALL, fontweight="normal")
     _draw_importance(figure.add_subplot(grid[-1, :]), d)
     return figure

@@ -132,9 +132,10 @@ def _draw_objective(axes: plt.Axes, d: Data, shown: pd.DataFrame, objective: str
         axes.scatter(again, [y] * len(again), facecolor="white", edgecolor=style.ORANGE, s=26, zorder=4)
     axes.grid(axis="y", visible=False)
     axes.margins(x=0.08)
+    axes.locator_params(axis="x", nbins=4)
     if objective == "trait_gain":
         axes.axvline(0, color=style.GREY, linewidth=0.8)
-    differences = d.differences[d.differences["objective"] == objective]
+    differences = d.differences[(d.differences["objective"] == objective) & d.differences["b"].isin(shown["label"])]
     others = [differs_from(differences, label) for label in shown["label"]]
     for y, other in enumerate(others):
         if other:

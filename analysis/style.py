@@ -31,7 +31,7 @@ plt.rcParams.update({
     "figure.dpi": 100, "savefig.dpi": 160, "font.size": 10.5, "axes.titlesize": 11.5, "axes.titleweight": "bold",
     "axes.titlelocation": "left", "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": DARK,
     "axes.grid": True, "grid.color": "#E6E6E6", "grid.linewidth": 0.8, "axes.axisbelow": True, "svg.hashsalt": "steerheal",
-    "text.parse_math": False,  # names and generated text may hold dollars
+    "axes.formatter.useoffset": False, "text.parse_math": False,  # names and generated text may hold dollars
 })
 
 
@@ -49,11 +49,11 @@ def save(figure: plt.Figure, drawn: pd.DataFrame, path: Path) -> Path:
 def log_scale(axes: plt.Axes, which: str) -> None:
     """Make the axis "x" or "y" logarithmic, with plain numbers: 0.01, not a power of ten."""
     axes.set(**{f"{which}scale": "log"})
-    plain_numbers(getattr(axes, f"{which}axis"))
+    plain_numbers(getattr(axes, f"{which}axis"), (1, 3) if which == "x" else (1, 2, 5))
 
 
-def plain_numbers(axis: matplotlib.axis.Axis) -> None:
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+def plain_numbers(axis: matplotlib.axis.Axis, per_decade: Sequence[int] = (1, 2, 5)) -> None:
+    axis.set_major_locator(LogLocator(subs=per_decade))
     axis.set_major_formatter("{x:g}")
     axis.set_minor_formatter("")
 

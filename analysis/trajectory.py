@@ -139,13 +139,12 @@ def _draw_incoherence(axes: plt.Axes, states: pd.DataFrame, floor: float) -> Non
     _draw_steps(axes, states.assign(**states[columns].clip(lower=SMALLEST)), "incoherence")
     style.log_scale(axes, "y")
     axes.set_ylabel("1 − coherence\n(better ↓)")
-    axes.set_xlabel("after round")
+    unknown = states.loc[states["state"] == "steered", "incoherence"].isna().all()
+    axes.set_xlabel("after round" + "\n(steered coherence is not in this ledger)" * bool(unknown))
     if floor == floor:
         axes.axhline(floor, color=style.GREY, linewidth=1, linestyle="--")
         axes.annotate("broken above", (0.01, floor), xycoords=("axes fraction", "data"), xytext=(0, 2),
                       textcoords="offset points", color=style.DARK, fontsize=style.SMALL, path_effects=style.HALO)
-    if states.loc[states["state"] == "steered", "incoherence"].isna().all():
-        style.note(axes, "steered coherence is not in this ledger")
 
 
 def _draw_map(axes: plt.Axes, states: pd.DataFrame, wanted: dict[str, int]) -> None:
@@ -157,6 +156,7 @@ def _draw_map(axes: plt.Axes, states: pd.DataFrame, wanted: dict[str, int]) -> N
         rows = known[known["state"] == state]
         axes.scatter(rows["authority_nats"], rows["care_nats"], color=colour, marker=marker, s=34, zorder=3)
     axes.margins(0.18)
+    axes.locator_params(axis="x", nbins=4)
     better = {("authority", -1): "   (← better)", ("authority", 1): "   (better →)", ("care", -1): "   (better ↓)",
               ("care", 1): "   (better ↑)"}
     marks = {foundation: better.get((foundation, sign), "") for foundation, sign in wanted.items()}
