@@ -24,7 +24,7 @@ class Args:
     store: Path = Path("results/.stages")
     """the stage store; shared with searches in results/"""
     export: Path | None = None
-    """write the last round's adapter here, in PEFT's format"""
+    """write the last round's adapter here, in PEFT's format, and the steering vector"""
 
 
 def main() -> None:
@@ -41,7 +41,7 @@ def run(args: Args) -> int:
 
     import pandas as pd
 
-    from steerheal import history, models
+    from steerheal import gates, history, models, steering
     from steerheal.display import describe
     from steerheal.loop import HealLoop
     from steerheal.stages import Event, Store
@@ -56,14 +56,20 @@ def run(args: Args) -> int:
     loop = HealLoop(settings, models.load(settings), store)
     print(f"trait readout: {loop.baselines().trait_reason}")
     chain: tuple[str, ...] = ()
+    rows = []
     for round_ in loop.rounds():
-        print(describe(pd.Series(round_.row())), flush=True)
+        rows.append(round_.row())
+        print(describe(pd.Series(rows[-1])))
+        for gate, answer in gates.answers(rows).items():
+            print(f"    {gate}  {answer}", flush=True)
         chain = round_.chain
     print(f"ended: {loop.end}")
     if args.export and chain:
-        rounds = [history.from_tensors(loop.stored(digest).tensors) for digest in chain]
+        rounds = [history.from_tensors(loop.bench.stored(digest).tensors) for digest in chain]
         history.export(history.fold(rounds), args.export, model)
-        print(f"adapter: {args.export}")
+        vector, _ = loop.bench.vector(())
+        steering.save(vector, args.export / "vector.safetensors", loop.baselines().dose_unit * settings.steer.alpha)
+        print(f"adapter and round 0's vector: {args.export}")
     return 0
 
 

@@ -33,14 +33,20 @@ def free(default: Any, *, help: str = "", identity: bool = True) -> Any:
     return field(default=default, metadata=dict(help=help, identity=identity))
 
 
+FOUNDATIONS = ("care", "fairness", "loyalty", "authority", "sanctity", "liberty", "social")
+SIGNED = [sign + foundation for foundation in FOUNDATIONS for sign in "-+"]  # less care, more sanctity, ...
+
+
 @dataclass(frozen=True)
 class SteerSettings:
-    method: str = choice("mean_diff", "mean_diff", help="how the vector is made from the contrastive persona pair")
+    method: str = free("mean_diff", help="mean_diff, cosine_gated, or steering-lite:NAME where that package is installed")
     normalise: bool = free(False, help="scale each layer's vector to unit length (the default keeps the raw length)")
     band: tuple[float, ...] = free((0.45, 0.55), help="layers int(lo*L) .. int(hi*L)-1 that are steered")
     contexts: int = number(64, 1, 256, help="user turns the vector is averaged over")
-    alpha: float = number(0.8, 0.0, help="top dose, in units of the edge dose", open_low=True)
-    unit: str = choice("edge", "edge", "raw", help="alpha counts edge doses, or raw vectors")
+    alpha: float = number(0.8, 0.0, help="top dose, in the unit below", open_low=True)
+    unit: str = choice("edge", "edge", "raw", "kl", help="alpha counts edge doses, raw vectors, or doses of target_kl")
+    target_kl: float = number(1.0, 0.0, open_low=True, help="nats of p95 per-token KL(steered || base) that are 1 kl dose")
+    half_life: float = number(0.0, 0.0, help="completion tokens after which the dose has halved; 0 keeps it")
 
 
 @dataclass(frozen=True)
@@ -87,8 +93,8 @@ class HealSettings:
 
 @dataclass(frozen=True)
 class EvaluateSettings:
-    trait: str = choice("auto", "auto", "foundation", "conduct",
-                        help="readout of trait_gain; auto takes the foundation where it is valid at base")
+    trait: str = choice("auto", "auto", "foundation", "conduct", *SIGNED,
+                        help="readout of trait_gain; auto takes the persona's foundation where it is valid at base")
     items: str = free("builtin", help="vignettes: builtin, or a JSONL file with text and foundation")
     n_items: int = number(70, 7, help="vignettes, a stratified sample")
     shots: int = choice(14, 0, 7, 14, help="worked examples before each vignette")
@@ -173,6 +179,8 @@ def _cross_field_problems(s: Settings) -> list[str]:
     for name, band in (("steer.band", s.steer.band), ("heal.band", s.heal.band)):
         if not (isinstance(band, tuple) and len(band) == 2 and 0 <= band[0] < band[1] <= 1):
             out.append(f"{name} = {band!r}: must be two shares of the depth, 0 <= lo < hi <= 1, such as [0.45, 0.55]")
+    if not (s.steer.method in ("mean_diff", "cosine_gated") or str(s.steer.method).startswith("steering-lite:")):
+        out.append(f"steer.method = {s.steer.method!r}: allowed: mean_diff, cosine_gated, steering-lite:NAME")
     for name, doses in (("generate.doses", s.generate.doses), ("evaluate.ladder", s.evaluate.ladder)):
         if isinstance(doses, tuple) and any(d <= 0 for d in doses if isinstance(d, (int, float))):
             out.append(f"{name} = {doses!r}: every dose must be above 0")

@@ -30,7 +30,8 @@ MAGIC = "steerheal-stage/1"
 # A stage's version is part of its digest. Raise it when the stage's code changes what it computes;
 # tests/test_stage_versions.py reminds you.
 VERSIONS = {
-    "vector": 1, "completions": 1, "scores": 1, "heal": 1, "foundations": 1, "conduct": 1, "fluency": 1,
+    "vector": 2, "states": 1, "kl_dose": 1, "completions": 2, "scores": 1, "log_ratio": 1, "diary": 1, "heal": 1,
+    "foundations": 2, "conduct": 1, "fluency": 2, "free_answers": 1,
 }
 
 

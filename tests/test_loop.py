@@ -29,10 +29,10 @@ def test_whole_loop_on_every_architecture(tmp_path, architecture):
     for r in rounds:
         numbers = [v for v in r.row().values() if isinstance(v, float)]
         assert np.isfinite(numbers).all()
-    with loop.student.base():
+    with loop.bench.student.base():
         assert torch.equal(lm.model(ids).logits, before)  # base is one gate away, to the bit
     assert not torch.equal(lm.model(ids).logits, before)
-    touched = {path for path in loop.student.layers}
+    touched = {path for path in loop.bench.student.layers}
     assert touched and all(path.startswith(lm.blocks_path) for path in touched)
     assert not any("vision" in path or "head" in path for path in touched)
 

@@ -106,7 +106,7 @@ class HealTrial(tune.Trainable):
             file.write(json.dumps(line) + "\n")
 
     def save_checkpoint(self, checkpoint_dir: str) -> dict[str, Any]:
-        return dict(chain=[] if self.loop is None else list(self.loop._loaded))
+        return dict(chain=[] if self.loop is None else list(self.loop.bench.loaded))
 
     def load_checkpoint(self, checkpoint: dict[str, Any] | None) -> None:
         """Nothing: a trial that starts again replays its finished stages from the store."""

@@ -14,13 +14,13 @@ from steerheal.history import Student
 from steerheal.personas import fluency_prompts
 from steerheal.settings import FilterSettings
 from steerheal.stages import Result
-from steerheal.steering import Vector
+from steerheal.steering import Steers
 
 SAMPLES_KEPT = 8  # texts stored with the record, for people to read
 
 
 def evaluate(student: Student, n: int, max_new_tokens: int, repetition_gate: float, gate: float, *,
-             system: str = chat.NEUTRAL, vector: Vector | None = None, dose: float = 0.0) -> Result:
+             system: str = chat.NEUTRAL, vector: Steers | None = None, dose: float = 0.0) -> Result:
     """Generate and judge.
 
     Args:
