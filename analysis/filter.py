@@ -16,7 +16,7 @@ import pandas as pd
 from matplotlib.font_manager import FontProperties, findfont, get_font
 
 from analysis import style
-from analysis.folders import command
+from analysis.folders import command, read
 
 MOST_DOSES = 10  # more distinct doses than this are put into as many bins
 BORDERLINE = 2  # samples shown on either side of the gate
@@ -26,45 +26,46 @@ BORDERLINE = 2  # samples shown on either side of the gate
 class Data:
     """What the picture shows.
 
-    samples: one row per distinct completion (columns: steerheal.records.samples), with `share`, its dose in edge doses, and
-    `borderline`. survival: dose (mean of the bin), n, kept (share), low, high. gate: of perplexity; NaN without samples.
+    samples: one row per distinct completion (columns: steerheal.records.samples), with `borderline`. survival: dose (mean of
+    the bin, in edge doses), n, kept (share), low, high. gate: of perplexity; NaN without samples. log_ratio: of each round,
+    how much likelier the steered student finds the kept completions than base does, in nats per token.
     """
 
     name: str
     samples: pd.DataFrame
     survival: pd.DataFrame
     gate: float
+    log_ratio: pd.Series
 
 
 def data(folder: Path) -> Data:
     """Read a search's completions from the stage store.
 
     Raises:
-        UserError: the folder is no search, or the store lost what it made.
+        UserError: the folder holds no finished round.
     """
     from steerheal import records  # brings torch
 
-    samples = records.samples(folder)
-    samples = samples.drop_duplicates([c for c in samples if c != "trial"], ignore_index=True)
-    samples["share"] = samples["dose"] / samples["edge_dose"]
-    samples["kept"] = samples["kept"].astype(bool)
-    samples["borderline"] = False
+    search = read(folder)
+    samples = records.samples(folder) if "draws" in search.table else pd.DataFrame()
+    if samples.empty:
+        return Data(search.name, samples, _survival(pd.DataFrame(columns=["edge_dose", "kept"])), float("nan"), pd.Series())
+    samples = samples.drop_duplicates([c for c in samples if c != "trial"], ignore_index=True).assign(borderline=False)
     for side in (True, False):
         # nearest the gate in proportion; the same text at two doses is shown once
         near = samples[(samples["perplexity"] <= samples["gate"]) == side].drop_duplicates("text")
         distance = (near["perplexity"] / near["gate"]).where(near["perplexity"] > 0).map(np.log).abs()
         samples.loc[distance.nsmallest(BORDERLINE).index, "borderline"] = True
-    gate = float(samples["gate"].median()) if len(samples) else float("nan")
-    return Data(folder.absolute().name, samples, _survival(samples), gate)
+    return Data(search.name, samples, _survival(samples), float(samples["gate"].median()),
+                search.rounds["log_ratio"].dropna())
 
 
 def _survival(samples: pd.DataFrame) -> pd.DataFrame:
-    known = samples.dropna(subset=["share"])
-    doses = known["share"].round(6)
+    doses = samples["edge_dose"].round(6)
     bins = doses if doses.nunique() <= MOST_DOSES else pd.cut(doses, MOST_DOSES)
-    rows = [dict(dose=group["share"].mean(), n=len(group), kept=group["kept"].mean(),
+    rows = [dict(dose=group["edge_dose"].mean(), n=len(group), kept=group["kept"].mean(),
                  **dict(zip(("low", "high"), wilson(int(group["kept"].sum()), len(group)))))
-            for _, group in known.groupby(bins, observed=True)]
+            for _, group in samples.groupby(bins, observed=True)]
     return pd.DataFrame(rows, columns=["dose", "n", "kept", "low", "high"])
 
 
@@ -86,9 +87,14 @@ def draw(d: Data) -> plt.Figure:
     above, middle, below = figure.subplots(3, 1, height_ratios=(2.2, 2.8, 0.2 + 0.62 * len(border)))
     s = d.survival
     reasons = d.samples.loc[~d.samples["kept"], "reasons"].str.split().explode().value_counts()
-    above.set_title(f"{d.name}: {len(d.samples)} completions, {d.samples['kept'].sum()} kept", pad=18)
-    above.annotate("dropped for: " + (", ".join(f"{reason} {n}" for reason, n in reasons.items()) or "nothing"), (0, 1),
-                   (0, 5), xycoords="axes fraction", textcoords="offset points", fontsize=style.SMALL, color=style.DARK)
+    above.set_title(f"{d.name}: {len(d.samples)} completions, {d.samples['kept'].sum()} kept",
+                    pad=32 if len(d.log_ratio) else 18)
+    words = "dropped for: " + (", ".join(f"{reason} {n}" for reason, n in reasons.items()) or "nothing")
+    if len(d.log_ratio):
+        words += (f"\nkept ones are {d.log_ratio.min():+.2f} to {d.log_ratio.max():+.2f} nats per token likelier when steered "
+                  f"than under base")
+    above.annotate(words, (0, 1), (0, 5), xycoords="axes fraction", textcoords="offset points", fontsize=style.SMALL,
+                   color=style.DARK)
     above.errorbar(s["dose"], s["kept"], yerr=[s["kept"] - s["low"], s["high"] - s["kept"]], color=style.BLUE, fmt="o-",
                    markersize=5, linewidth=1.3, elinewidth=0.9)
     for _, row in s.iterrows():
@@ -106,12 +112,12 @@ def draw(d: Data) -> plt.Figure:
 
 
 def _draw_perplexity(axes: plt.Axes, d: Data) -> None:
-    s = d.samples.replace([np.inf, -np.inf], np.nan).dropna(subset=["perplexity", "share"])
-    width = 0.012 * max(s["share"].max() - s["share"].min(), 0.1)
+    s = d.samples.replace([np.inf, -np.inf], np.nan).dropna(subset=["perplexity"])
+    width = 0.012 * max(s["edge_dose"].max() - s["edge_dose"].min(), 0.1)
     jitter = np.random.default_rng(0).normal(0, width, len(s))  # so that points at one dose can be told apart
     for kept, colour, marker in ((False, style.ORANGE, "x"), (True, style.BLUE, "o")):
         rows = (s["kept"] == kept).to_numpy()
-        axes.scatter((s["share"] + jitter)[rows], s.loc[rows, "perplexity"], s=14, color=colour, marker=marker, alpha=0.6,
+        axes.scatter((s["edge_dose"] + jitter)[rows], s.loc[rows, "perplexity"], s=14, color=colour, marker=marker, alpha=0.6,
                      linewidth=0.9)
     style.log_scale(axes, "y")
     axes.axhline(d.gate, color=style.BLACK, linewidth=1, linestyle="--")
@@ -126,7 +132,7 @@ def _write_samples(axes: plt.Axes, border: pd.DataFrame) -> None:
     axes.set_axis_off()
     axes.set_title("nearest the perplexity gate (model output, shortened)", fontsize=style.SMALL)
     for i, (_, row) in enumerate(border.iterrows()):
-        head = f"{row['perplexity']:.3g} at {row['share']:.2f} edge doses, " + (
+        head = f"{row['perplexity']:.3g} at {row['edge_dose']:.2f} edge doses, " + (
             "kept" if row["kept"] else f"dropped: {row['reasons']}")
         body = "\n".join(textwrap.wrap(shown(row["text"]), 90, max_lines=2, placeholder=" …"))
         axes.text(0, 1 - i / len(border), f"{head}\n{body}", transform=axes.transAxes, va="top", fontsize=style.SMALL,

@@ -32,7 +32,7 @@ class Data:
     """What the picture shows.
 
     members: the front by descending trait gain, with low and high of either objective over items.
-    seeds: trial, round, seed, trait_gain, coherence_kept, deliverable; empty where nothing was confirmed.
+    seeds: trial, round, seed, trait_gain, coherence_kept on seeds the search never used; empty where nothing was confirmed.
     differences: of all pairs: a, b (trial.round), objective, difference, item_noise, seeds (how many they share),
     seed_difference, seed_noise, verdict. Noise is the half-width of a 95% interval.
     """
@@ -52,8 +52,8 @@ def data(folder: Path) -> Data:
     """
     search = read(folder)
     path = folder / "confirm.csv"
-    seeds = pd.read_csv(path) if path.exists() else pd.DataFrame(
-        columns=["trial", "round", "seed", *OBJECTIVES, "deliverable"])
+    seeds = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=["trial", "round", "seed", "fresh", *OBJECTIVES])
+    seeds = seeds[seeds["fresh"].astype(bool)]  # the search's own seed is what the front was picked on
     members = _members(search)
     rows = [_difference(a, b, seeds, objective) for objective in OBJECTIVES
             for (_, a), (_, b) in itertools.combinations(members.iterrows(), 2)]
@@ -159,7 +159,7 @@ def _summary(d: Data) -> str:
         f" {MOST} shown." if len(d.members) > MOST else "")
     if d.seeds.empty:
         return f"{count}\n95% intervals over items only: seed noise is not measured (no confirm.csv)"
-    return f"{count}\nlines: 95% over items; open dots: the same settings under {d.seeds['seed'].nunique()} run seeds"
+    return f"{count}\nlines: 95% over items; open dots: the same settings under {d.seeds['seed'].nunique()} fresh seeds"
 
 
 def draw_folder(folder: Path) -> Path:

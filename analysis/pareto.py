@@ -75,6 +75,8 @@ def _refuse_unlike(searches: list[Search]) -> None:
     def measured(search: Search) -> dict[str, object]:
         same = {k: v for k, v in search.settings.items()
                 if k.startswith("evaluate.") and k not in ("evaluate.ladder", "evaluate.trait")}
+        asked = search.settings.get("evaluate.trait", "auto")
+        same["evaluate.trait"] = asked if asked[0] in "+-" else "of the persona"  # a sign asked for turns the axis round
         same |= {k: search.settings.get(k) for k in ("model", "dtype", "quantise", "attention", "persona")}
         return same | {"trait readout": search.trait}
 

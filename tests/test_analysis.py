@@ -39,7 +39,8 @@ def make_row(r, tau, aggregate, rng, noise=0.02):
     return dict(round=r, trait="conduct_nats", trait_gain=gain, trait_gain_low=gain - wide, trait_gain_high=gain + wide,
                 coherence_kept=kept, fluency_kept=1.0, violation=violation, verdict="heal" if violation <= 0 else "broken",
                 flags="", deliverable=violation <= 0, duty=max(0.0, 0.9 - 0.4 * tau), kappa=0.8, n_kept=24,
-                adapter=f"{tau}{aggregate}{r}", chain=[f"{tau}{aggregate}{i}" for i in range(r + 1)], **state, **steered)
+                adapter=f"{tau}{aggregate}{r}", chain=[f"{tau}{aggregate}{i}" for i in range(r + 1)], draws=[],
+                log_ratio=0.2 + gain, **state, **steered)
 
 
 @pytest.fixture
@@ -95,7 +96,7 @@ def make_samples(n=400, seed=0):
     reasons = [" ".join(["perplexity"] * int(p > 40) + ["repetition"] * int(loop)) for p, loop in zip(perplexity, loops)]
     return pd.DataFrame(dict(
         trial=0, round=rng.integers(0, 3, n), kind=rng.choice(["probe", "batch"], n), kappa=1.0, dose=5 * share,
-        edge_dose=5.0, prompt="Do you?", text=[f"$I$ would {i} \u4f60\x07\n not_ \\ do $ that " * 8 for i in range(n)],
+        edge_dose=share, prompt="Do you?", text=[f"$I$ would {i} \u4f60\x07\n not_ \\ do $ that " * 8 for i in range(n)],
         perplexity=perplexity, repetition=0.1, narrates=False, refuses=False, reasons=reasons,
         kept=[not r for r in reasons], gate=40.0))
 
@@ -133,7 +134,8 @@ def test_searches_that_measure_alike_share_one_axis(make_search):
 
 
 @pytest.mark.parametrize("settings, words", [
-    ({"model": "other"}, "model: 'tiny' in .*a, 'other' in"), ({"evaluate.shots": 7}, "evaluate.shots: 0 in .*, 7 in")])
+    ({"model": "other"}, "model: 'tiny' in .*a, 'other' in"), ({"evaluate.shots": 7}, "evaluate.shots: 0 in .*, 7 in"),
+    ({"evaluate.trait": "+conduct"}, "evaluate.trait: 'of the persona' in .*, '\\+conduct' in")])
 def test_searches_that_measure_differently_are_refused(make_search, settings, words):
     with pytest.raises(UserError, match=words):
         pareto.data(make_search("a", trials=1), make_search("b", trials=1, settings=settings))
@@ -141,7 +143,7 @@ def test_searches_that_measure_differently_are_refused(make_search, settings, wo
 
 def test_another_readout_is_refused(make_search):
     other = make_search("b", trials=1, change=lambda row: row | {"trait": "authority_nats"})
-    with pytest.raises(UserError, match="trait readout: 'conduct_nats' in .*, 'authority_nats' in"):
+    with pytest.raises(UserError, match=r"trait readout: 'conduct_nats' in .*, 'authority_nats' in"):
         pareto.data(make_search("a", trials=1), other)
 
 
@@ -149,7 +151,7 @@ def test_color_takes_a_column_of_the_ledger(make_search):
     folder = make_search()
     for color in ("heal.tau", "heal.aggregate", "round", "deliverable"):
         assert pareto.compare((folder,), color).name == f"pareto_by_{color}"
-    with pytest.raises(UserError, match="did you mean heal.tau"):
+    with pytest.raises(UserError, match=r"did you mean heal\.tau"):
         pareto.data(folder, color="heal.tua")
     with pytest.raises(UserError, match="one search"):
         pareto.data(folder, folder, color="heal.tau")
@@ -244,8 +246,9 @@ def test_survival_is_counted_per_dose_and_shared_completions_once(make_search, s
 def confirm(folder, gains):
     """confirm.csv: for each member of the front, gains under other seeds."""
     front = folders.read(folder).rounds.query("front").sort_values("trait_gain", ascending=False)
-    rows = [dict(trial=m["trial"], round=m["round"], seed=s, trait_gain=gain, coherence_kept=0.9, deliverable=True)
-            for (_, m), given in zip(front.iterrows(), gains) for s, gain in enumerate(given, 1)]
+    rows = [dict(trial=m["trial"], round=m["round"], seed=s, fresh=s > 0, trait_gain=gain, coherence_kept=0.9)
+            for (_, m), given in zip(front.iterrows(), gains)
+            for s, gain in enumerate((9.0, *given))]  # seed 0 is the search's own
     pd.DataFrame(rows).to_csv(folder / "confirm.csv", index=False)
 
 
@@ -279,7 +282,8 @@ def test_a_difference_is_real_where_items_and_seeds_agree(make_search, gap, gain
 def test_quantiles_are_students():
     for df, t in enumerate(noise.T975[1:], 1):
         x = np.linspace(0, t, 200_001)
-        density = math.gamma((df + 1) / 2) / (math.sqrt(df * math.pi) * math.gamma(df / 2)) * (1 + x**2 / df) ** (-(df + 1) / 2)
+        scale = math.gamma((df + 1) / 2) / (math.sqrt(df * math.pi) * math.gamma(df / 2))
+        density = scale * (1 + x**2 / df) ** (-(df + 1) / 2)
         assert np.trapezoid(density, x) == pytest.approx(0.475, abs=2e-5)
 
 
@@ -296,7 +300,7 @@ def one_gone(row):
 
 def bare(row):
     """A ledger without what later versions added."""
-    gone = ("steered_", "coherence_low", "coherence_high", "duty", "authority", "care", "trait_gain_")
+    gone = ("draws", "log_ratio", "steered_", "coherence_low", "coherence_high", "duty", "authority", "care", "trait_gain_")
     return {k: v for k, v in row.items() if not k.startswith(gone)}
 
 
