@@ -16,7 +16,8 @@ from steerheal.errors import UserError
 # read from ledger and baselines as numbers; where a ledger lacks one it is NaN, and the figure says what is missing
 NUMBERS = ("trait_gain", "trait_gain_low", "trait_gain_high", "coherence", "coherence_low", "coherence_high",
            "coherence_kept", "steered_gain", "steered_gain_low", "steered_gain_high", "steered_coherence",
-           "authority_nats", "care_nats", "steered_authority_nats", "steered_care_nats", "log_ratio", "duty", "violation", "edge_doses")
+           "steered_coherence_low", "steered_coherence_high", "authority_nats", "care_nats", "steered_authority_nats",
+           "steered_care_nats", "log_ratio", "duty", "edge_doses")
 
 
 @dataclass

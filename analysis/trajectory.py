@@ -80,7 +80,8 @@ def _states(search: Search, trial: int) -> pd.DataFrame:
         rows.append(dict(
             round=row["round"], state="steered", step=row["round"] + 0.5, trait_gain=row["steered_gain"],
             trait_gain_low=row["steered_gain_low"], trait_gain_high=row["steered_gain_high"],
-            incoherence=1 - row["steered_coherence"], authority_nats=row["steered_authority_nats"],
+            incoherence=1 - row["steered_coherence"], incoherence_low=1 - row["steered_coherence_high"],
+            incoherence_high=1 - row["steered_coherence_low"], authority_nats=row["steered_authority_nats"],
             care_nats=row["steered_care_nats"]))
         rows.append(dict(
             round=row["round"], state="healed", step=row["round"] + 1.0, trait_gain=row["trait_gain"],
