@@ -16,7 +16,7 @@ import pandas as pd
 from matplotlib.font_manager import FontProperties, findfont, get_font
 
 from analysis import style
-from analysis.folders import command, read
+from analysis.folders import command, count, read
 
 MOST_DOSES = 10  # more distinct doses than this are put into as many bins
 BORDERLINE = 2  # samples shown on either side of the gate
@@ -87,7 +87,7 @@ def draw(d: Data) -> plt.Figure:
     above, middle, below = figure.subplots(3, 1, height_ratios=(2.2, 2.8, 0.2 + 0.62 * len(border)))
     s = d.survival
     reasons = d.samples.loc[~d.samples["kept"], "reasons"].str.split().explode().value_counts()
-    above.set_title(f"{d.name}: {len(d.samples)} completions, {d.samples['kept'].sum()} kept",
+    above.set_title(f"{d.name}: {count(len(d.samples), 'completion')}, {d.samples['kept'].sum()} kept",
                     pad=32 if len(d.log_ratio) else 18)
     words = "dropped for: " + (", ".join(f"{reason} {n}" for reason, n in reasons.items()) or "nothing")
     if len(d.log_ratio):

@@ -86,6 +86,10 @@ def read(folder: Path) -> Search:
     return Search(folder, table, baselines)
 
 
+def count(n: int, noun: str) -> str:
+    return f"{n} {noun}" + "s" * (n != 1)
+
+
 def command(draw: Callable[..., Path], name: str, doc: str) -> None:
     """Run analysis.`name` as a command: the parameters of `draw` are its arguments; it returns what it wrote, less .png."""
     import tyro

@@ -20,7 +20,7 @@ import optuna
 import pandas as pd
 
 from analysis import style
-from analysis.folders import Search, command, read
+from analysis.folders import Search, command, count, read
 from steerheal.ledger import latest, open_study
 from steerheal.objectives import COHERENCE_FLOOR
 
@@ -60,7 +60,7 @@ def _importance(search: Search) -> tuple[pd.DataFrame, str]:
         return pd.DataFrame(), "one setting was searched: there is nothing to rank" if search.params else ""
     trials = [t for t in latest(open_study(search.folder)).values() if t.state == optuna.trial.TrialState.COMPLETE]
     if len(trials) < FEWEST:
-        return pd.DataFrame(), f"{len(trials)} finished trials are too few to rank the settings; from {FEWEST} on"
+        return pd.DataFrame(), f"{count(len(trials), 'finished trial')}: too few to rank the settings; from {FEWEST} on"
     study = optuna.create_study(directions=["maximize", "maximize"])
     study.add_trials(trials)  # the attempts that count, and none that was interrupted
     evaluator = optuna.importance.PedAnovaImportanceEvaluator(target_quantile=BEST)
@@ -130,8 +130,9 @@ def _positions(axes: plt.Axes, values: pd.Series, rounds: pd.Series) -> np.ndarr
             style.log_scale(axes, "x")
             axes.set_xlim(x.min() / 1.3, x.max() * 1.3)
         else:
-            pad = 0.08 * max(x.max() - x.min(), 1e-3 * abs(x.max()), 1e-9)
+            pad = max(0.08 * (x.max() - x.min()), 0.02 * abs(x.max()), 1e-9)
             axes.set_xlim(x.min() - pad, x.max() + pad)
+            axes.locator_params(axis="x", nbins=4)
         return x
     names = sorted(values.map(str).unique())
     axes.set_xticks(range(len(names)), names)

@@ -17,7 +17,7 @@ import pandas as pd
 from matplotlib.colors import LogNorm, Normalize
 
 from analysis import style
-from analysis.folders import Search, command, read
+from analysis.folders import Search, command, count, read
 from steerheal.errors import UserError
 from steerheal.ledger import hypervolume
 from steerheal.objectives import COHERENCE_FLOOR
@@ -121,14 +121,15 @@ def draw(d: Data) -> plt.Figure:
     axes.set_ylabel("coherence kept, share of base   (better ↑)")
     front = d.points[d.points["front"]]
     trials = len(d.points.drop_duplicates(["search", "trial"]))
-    axes.set_title(f"{' and '.join(looks)}: {len(d.points)} rounds of {trials} trials, "
+    axes.set_title(f"{' and '.join(looks)}: {count(len(d.points), 'round')} of {count(trials, 'trial')}, "
                    + (f"{len(front)} on the front" if len(front) else "none deliverable"),
                    pad=20 if len(looks) > 1 else None)
     volumes = [f"hypervolume {v:.4f}" + (f" {name}" if len(looks) > 1 else "") for name, v in d.hypervolume.items()]
     words = [*volumes, "95% intervals over items only"]
     bottom, top = axes.get_ylim()
-    style.note(axes, "\n".join([*words, *[f"{outside} broken rounds outside"] * bool(outside), "deliverable above the line"]),
-               _empty_corner(axes, pd.concat([d.points, d.baselines])), (COHERENCE_FLOOR - bottom) / (top - bottom))
+    words += [f"{count(outside, 'broken round')} outside"] * bool(outside) + ["deliverable above the line"]
+    style.note(axes, "\n".join(words), _empty_corner(axes, pd.concat([d.points, d.baselines])),
+               (COHERENCE_FLOOR - bottom) / (top - bottom))
     if len(looks) > 1:
         style.key(axes, {name: colour for name, (_, colour) in looks.items()})
     labels = [(row["trait_gain"], row["coherence_kept"], f"{row['trial']}.{row['round']}",
@@ -150,16 +151,17 @@ def _empty_corner(axes: plt.Axes, points: pd.DataFrame) -> str:
 
 def set_window(axes: plt.Axes, points: pd.DataFrame, baselines: pd.DataFrame) -> None:
     """Limits that show whatever is deliverable; what broke may lie outside, for a broken model's nats go anywhere."""
-    able = points[points["deliverable"]] if points["deliverable"].any() else points
-    inside = baselines[baselines["coherence_kept"] >= COHERENCE_FLOOR]
+    able, inside = points[points["deliverable"]], baselines[baselines["coherence_kept"] >= COHERENCE_FLOOR]
     wanted = pd.concat([able["trait_gain"], able["trait_gain_low"], able["trait_gain_high"], inside["trait_gain"]])
+    wanted = wanted if wanted.notna().any() else points["trait_gain"]
     low, high = wanted.min(), wanted.max()
     span = max(high - low, 0.02)
     everything = pd.concat([points["trait_gain"], baselines["trait_gain"]])
     if np.isfinite(span):
         axes.set_xlim(max(min(everything.min(), low), low - 0.3 * span) - 0.05 * span,
                       min(max(everything.max(), high), high + 0.3 * span) + 0.05 * span)
-    bottom = max(LOWEST, min(COHERENCE_FLOOR - 0.01, points["coherence_kept"].min()))
+    kept = points["coherence_kept"]
+    bottom = min(COHERENCE_FLOOR - 0.01, kept[kept >= LOWEST].min())
     axes.set_ylim(bottom - 0.06 * (1 - bottom), 1 + 0.12 * (1 - bottom))
 
 
