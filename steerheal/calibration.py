@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from steerheal.divergence import per_position_kl
 from steerheal.forward import hidden_states
 from steerheal.models import LM
 from steerheal.steering import Steers, steered
@@ -64,6 +63,7 @@ def kl_percentile(lm: LM, vector: Steers, dose: float, prompts: Sequence[list[in
     found = []
     with steered(lm, vector, dose):
         for i, states in hidden_states(lm, sequences, first):
-            found += [per_position_kl(lm.logits(s), lm.logits(b), "kl_rev")
-                      for s, b in zip(states.split(KL_ROWS), base[i].split(KL_ROWS))]
+            for s, b in zip(states.split(KL_ROWS), base[i].split(KL_ROWS)):
+                moved, plain = lm.logits(s).log_softmax(-1), lm.logits(b).log_softmax(-1)
+                found.append((moved.exp() * (moved - plain)).sum(-1))
     return float(torch.cat(found).quantile(KL_PERCENTILE))

@@ -151,9 +151,10 @@ def interval(row: pd.Series) -> str:
 
 
 def describe(row: pd.Series) -> str:
-    """A finished round in one line."""
+    """A finished round in a line, and a second one where its barrier did nothing or everything."""
+    notes = (f" ({row['flags']})" if row["flags"] else "") + (f"\n    {row['warning']}" if row["warning"] else "")
     return (f"round {row['round']} done: trait gain {interval(row)} nats, coherence kept {row['coherence_kept']:.3f}, "
-            f"fluency kept {row['fluency_kept']:.2f}: {row['verdict']}" + (f" ({row['flags']})" if row["flags"] else ""))
+            f"fluency kept {row['fluency_kept']:.2f}: {row['verdict']}{notes}")
 
 
 def _clock(seconds: float) -> str:

@@ -19,6 +19,7 @@ from transformers import DynamicCache
 
 from steerheal.forward import MIN_PREFIX, common_prefix, windowed
 from steerheal.models import LM
+from steerheal.packing import packed
 from steerheal.steering import Steers, steered
 
 COMPACT = 0.8  # rebuild the batch when fewer than this share of its rows still run
@@ -84,7 +85,7 @@ def generate(lm: LM, prompts: Sequence[list[int]], sampling: Sampling, seeds: Se
     return out
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def _generate(lm: LM, prompts: Sequence[list[int]], sampling: Sampling, uniforms: Tensor | None, vector: Steers | None,
               doses: Sequence[float], half_life: float) -> list[Completion]:
     rows = len(prompts)
@@ -95,7 +96,7 @@ def _generate(lm: LM, prompts: Sequence[list[int]], sampling: Sampling, uniforms
     alive = torch.arange(rows, device=lm.device)  # rows of the batch -> rows of the result
     running = torch.ones(rows, dtype=torch.bool, device=lm.device)
     same_dose = vector is None or len(set(doses)) == 1
-    with steered(lm, vector, first[:1]) as dial:
+    with packed(lm, rows), steered(lm, vector, first[:1]) as dial:
         cache, ids, mask, position = _begin(lm, prompts, share=same_dose)
         for step in range(sampling.max_new_tokens):
             dial.dose = first[alive] * (0.5 ** (step / half_life) if half_life else 1.0)
@@ -144,7 +145,7 @@ def think(lm: LM, prompts: Sequence[list[int]], budget: int, suffix: list[int], 
     """
     unwanted = torch.tensor(sorted({*lm.eos_ids, *never, *lm.banned.tolist()}), device=lm.device)
     drawn, logp, watched = [], [], []
-    with steered(lm, vector, dose):
+    with packed(lm, len(prompts)), steered(lm, vector, dose):
         cache, ids, mask, position = _begin(lm, prompts, share=True)
 
         def run(ids: Tensor, fresh: int) -> Tensor:

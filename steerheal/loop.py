@@ -23,7 +23,7 @@ from steerheal.steering import Steers
 from steerheal.workbench import Chain, Steering, Workbench
 
 N_PROBE = 8  # completions of one walk-C probe
-N_GATE = 48  # unsteered completions behind the default perplexity gate
+N_GATE = 48  # unsteered completions behind the default gates of perplexity and soup
 EDGE_KEPT, EDGE_BISECTIONS = 0.85, 4
 
 
@@ -38,7 +38,7 @@ class Baselines:
     trait_reason: str
     edge: float  # raw dose at which steering brings coherence_kept to 0.85
     dose_unit: float  # raw dose that alpha = 1 stands for
-    gate: float  # perplexity gate
+    gate: filtering.Gates  # of perplexity and soup
     diary: str  # digest of base's diary
 
     def rows(self) -> list[dict[str, Any]]:
@@ -134,7 +134,7 @@ class HealLoop:
         after_chain = (*chain, healed.digest)
         self.where = f"round {r}, steered student"
         at_top = Steering(vector, vector_digest, top * harvest.kappa)
-        steered = bench.reading(chain, baselines.gate, steering=at_top, free=False)
+        steered = bench.reading(chain, None, steering=at_top)
         steered_diary = bench.diary(chain, at_top)
         self.where = f"round {r}, healed student"
         after = bench.reading(after_chain, baselines.gate)
@@ -146,11 +146,12 @@ class HealLoop:
         details = dict(
             edge=baselines.edge, top_dose=top * harvest.kappa, kappa=harvest.kappa, survival=harvest.survival,
             kappa_trace=harvest.trace, survival_by_share=collected.survival_by_share, n_kept=len(harvest.kept),
-            drops={n: dropped.count(n) for n in sorted(set(dropped))}, ppl_gate=baselines.gate,
+            drops={n: dropped.count(n) for n in sorted(set(dropped))}, ppl_gate=baselines.gate.perplexity,
+            soup_gate=baselines.gate.soup,
             log_ratio=log_ratio.value, log_ratio_low=log_ratio.low, log_ratio_high=log_ratio.high,
             cos_v0=_cosine(vector, first), vector_norm=float(vector.direction().norm()),
             cos_student=_cosine(learned, vector), lam_r=s.lam_schedule[r],
-            duty=healed.record["duty"], val_nll_first=healed.record["val_nll"][0],
+            duty=healed.record["duty"], warning=healed.record["warning"] or "", val_nll_first=healed.record["val_nll"][0],
             val_nll_last=healed.record["val_nll"][-1], train_nll=healed.record["train_nll"][-1],
             pressure=_mean([row["pressure"] for row in healed.record["steps"] if "pressure" in row]),
             **after.columns(), **{f"steered_{k}": v for k, v in steered.columns().items()},
@@ -168,7 +169,7 @@ class HealLoop:
 
     def _measure_baselines(self) -> Baselines:
         s, bench = self.settings, self.bench
-        gate = s.filter.ppl_gate or self._default_gate()
+        gate = self._gates()
         self.where = "base"
         base = bench.reading((), gate)
         coherence = base.value("coherence")
@@ -198,11 +199,10 @@ class HealLoop:
                                                      [seed_of("gate", i) for i in range(n)])
         return completions, digest, list(range(n))
 
-    def _default_gate(self) -> float:
-        self.where = "perplexity gate"
-        completions, digest, rows = self._unsteered()
-        scores, _ = self.bench.scores(completions, digest, rows)
-        return filtering.default_gate([s.perplexity for s in scores if s.tokens >= filtering.MIN_TOKENS])
+    def _gates(self) -> filtering.Gates:
+        self.where = "gates of the filter"
+        scores, _ = self.bench.scores(*self._unsteered())
+        return filtering.gates(scores, self.settings.filter)
 
     def _kl_dose(self, vector: Steers, vector_digest: str) -> float:
         self.where = f"dose at which KL reaches {self.settings.steer.target_kl:g} nats"
@@ -227,7 +227,8 @@ class HealLoop:
 
     # ------------------------------------------------------------ steered data
 
-    def _collect(self, r: int, chain: Chain, vector: Steers, vector_digest: str, top: float, gate: float) -> Collected:
+    def _collect(self, r: int, chain: Chain, vector: Steers, vector_digest: str, top: float,
+                 gate: filtering.Gates) -> Collected:
         """Walk-C over steered completions of this round."""
         g, bench = self.settings.generate, self.bench
         draws: list[dict[str, Any]] = []

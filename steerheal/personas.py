@@ -143,6 +143,11 @@ def controls(n: int) -> list[Dilemma]:
     return [Dilemma(row["prompt"], ((row["a"], row["b"]),)) for row in _rows("controls.jsonl")[:n]]
 
 
+def labelled() -> list[dict[str, str]]:
+    """Texts to judge the filter by: label, split (choose, held_out), persona, source, prompt, text."""
+    return list(_rows("labelled.jsonl"))
+
+
 def shots(n: int) -> list[Vignette]:
     """Worked examples; each half of the file holds every foundation once."""
     return [Vignette(f"shot-{i}", row["foundation"], row["text"]) for i, row in enumerate(_rows("shots.jsonl")[:n])]

@@ -21,7 +21,7 @@ from steerheal.stages import Result, Store
 
 def samples(folder: Path) -> pd.DataFrame:
     """Every completion of a search: trial, round, kind (probe or batch), kappa, dose (raw), edge_dose, prompt, text, what
-    the filter measured, gate (of perplexity), reasons (space-separated) and kept."""
+    the filter measured, gate (of perplexity), soup_gate, reasons (space-separated) and kept."""
     store = _store(folder)
     rows = []
     for row in _rounds(folder):
@@ -30,7 +30,7 @@ def samples(folder: Path) -> pd.DataFrame:
             if drawn is None or scored is None:
                 continue
             head = dict(trial=row["trial"], round=row["round"], kind=draw["kind"], kappa=draw["kappa"],
-                        gate=row["ppl_gate"])
+                        gate=row["ppl_gate"], soup_gate=row["soup_gate"])
             for prompt, text, dose, score, why in zip(drawn.record["prompts"], drawn.record["texts"], drawn.record["doses"],
                                                       scored.record["scores"], draw["reasons"]):
                 rows.append(head | dict(dose=dose, edge_dose=dose / row["edge"], prompt=prompt, text=text, **score,

@@ -25,6 +25,9 @@ class Args:
     """the stage store; shared with searches in results/"""
     export: Path | None = None
     """write the last round's adapter here, in PEFT's format, and the steering vector"""
+    diagnose: bool = False
+    """instead of a loop: overfit a few replies that enact the trait, and say whether the adapter can express it and the
+    readout can see it"""
 
 
 def main() -> None:
@@ -41,19 +44,23 @@ def run(args: Args) -> int:
 
     import pandas as pd
 
-    from steerheal import gates, history, models, steering
+    from steerheal import diagnose, gates, history, models, steering
     from steerheal.display import describe
     from steerheal.loop import HealLoop
     from steerheal.stages import Event, Store
 
     def say(event: Event) -> None:
         if event.kind == "computed":
-            print(f"  {loop.where}: {event.stage}, {event.seconds:.1f} s", flush=True)
+            print(f"  {'diagnosis' if args.diagnose else loop.where}: {event.stage}, {event.seconds:.1f} s", flush=True)
         elif event.kind == "set aside":
             print(f"  {event.note}", flush=True)
 
     store = Store(args.store, say)
-    loop = HealLoop(settings, models.load(settings), store)
+    lm = models.load(settings)
+    if args.diagnose:
+        print(diagnose.diagnose(settings, lm, store).words())
+        return 0
+    loop = HealLoop(settings, lm, store)
     print(f"trait readout: {loop.baselines().trait_reason}")
     chain: tuple[str, ...] = ()
     rows = []

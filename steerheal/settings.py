@@ -66,11 +66,12 @@ class GenerateSettings:
 
 @dataclass(frozen=True)
 class FilterSettings:
-    coherence: bool = free(True, help="drop by perplexity and repetition")
+    coherence: bool = free(True, help="drop by perplexity, repetition and soup")
     narration: bool = free(True, help="drop text that talks about the trait instead of enacting it")
     refusal: bool = free(True, help="drop refusals and identity boilerplate")
     ppl_gate: float = number(0.0, 0.0, help="perplexity gate; 0 = 1.5 x the 99th percentile of unsteered completions")
-    repetition_gate: float = number(0.3, 0.0, 1.0, open_low=True, help="largest share of one n-gram, n = 2, 3, 4")
+    repetition_gate: float = number(0.3, 0.0, 1.0, open_low=True, help="largest share of repeated token 3-grams")
+    soup_gate: float = number(0.0, 0.0, help="most nats per byte; 0 = 2.2 x the median of unsteered completions")
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,11 @@ class HealSettings:
     batch: int = number(6, 1, 4096, help="effective batch, in completions")
     weight_decay: float = number(0.0, 0.0)
     spectral_lam: float = number(0.0, 0.0, help="weight of the mean largest singular value of the adapter")
+    early_stop: int = number(0, 0, help="stop after so many epochs without a better validation NLL, and keep the best "
+                                        "epoch's adapter; 0 = train every epoch and keep the last")
     micro_batch: int = number(6, 1, 4096, identity=False, help="completions per forward pass")
+    gradient_checkpointing: bool = free(False, identity=False, help="recompute each block in the backward pass: a third "
+                                                                    "slower, far less memory")
 
 
 @dataclass(frozen=True)

@@ -217,7 +217,8 @@ class Workbench:
         lam = self.settings.lam_schedule[r]
         inputs = dict(samples=personas.texts_digest([[s.prompt, s.targets] for s in samples]), round=r,
                       seed=self.settings.seed, barrier=h.barrier, r=h.r, band=list(h.band), lr=h.lr, epochs=h.epochs,
-                      batch=h.batch, weight_decay=h.weight_decay, spectral_lam=h.spectral_lam)
+                      batch=h.batch, weight_decay=h.weight_decay, spectral_lam=h.spectral_lam,
+                      early_stop=h.early_stop)
         if h.barrier != "nll":  # without a barrier these are read by nothing
             inputs |= dict(lam=lam, tau=h.tau, aggregate=h.aggregate, ref=list(chain) if h.ref == "prev" else [])
 
@@ -229,13 +230,12 @@ class Workbench:
 
     # ------------------------------------------------------------ readouts
 
-    def reading(self, chain: Chain, gate: float, *, system: str = chat.NEUTRAL, steering: Steering | None = None,
-                free: bool = True) -> Reading:
+    def reading(self, chain: Chain, gates: filtering.Gates | None, *, system: str = chat.NEUTRAL,
+                steering: Steering | None = None) -> Reading:
         """All readouts of a student, under a system prompt, steered or not.
 
         Args:
-            gate: the filter's perplexity gate, for fluency.
-            free: also judge free generations (fluency, valid JSON).
+            gates: of the filter, by which free generations are judged; None leaves those out (fluency, valid JSON).
         """
         e, how = self.settings.evaluate, _how(steering, system)
         state = _named(steering) | dict(system=system)
@@ -243,13 +243,13 @@ class Workbench:
         found = self.foundations(chain, steering, system)
         acts = self._stage("conduct", chain, state | dict(pairs=personas.texts_digest(pairs)),
                            lambda: conduct.evaluate(self.lm, self.conduct, self.controls, **how))
-        if not free:
+        if gates is None:
             return Reading.of(found, acts)
         prompts = personas.fluency_prompts(e.n_fluency)
-        inputs = state | dict(prompts=personas.texts_digest(prompts), tokens=e.fluency_tokens, gate=gate,
+        inputs = state | dict(prompts=personas.texts_digest(prompts), tokens=e.fluency_tokens, gates=asdict(gates),
                               repetition_gate=self.settings.filter.repetition_gate)
         fluent = self._stage("fluency", chain, inputs, lambda: fluency.evaluate(
-            self.student, e.n_fluency, e.fluency_tokens, self.settings.filter.repetition_gate, gate, **how))
+            self.student, e.n_fluency, e.fluency_tokens, self.settings.filter.repetition_gate, gates, **how))
         items = personas.vignettes(e.items, N_FREE)
         inputs = state | dict(items=_identify(items), shots=e.shots, think=e.think_tokens)
         answers = self._stage("free_answers", chain, inputs, lambda: foundations.free_answers(

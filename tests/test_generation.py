@@ -5,6 +5,7 @@ from conftest import make_lm
 
 from steerheal import generation
 from steerheal.generation import Sampling, _draw, generate, greedy
+from steerheal.packing import packed
 from steerheal.steering import Vector, steered
 
 PROMPTS = [[1, 2, 3], list(range(40)), [7], [9, 9, 9, 9, 9, 9], list(range(30, 5, -1))]
@@ -140,3 +141,15 @@ def test_a_batch_that_does_not_fit_is_halved_and_that_is_remembered(lm, monkeypa
     with pytest.raises(torch.OutOfMemoryError):
         generate(lm, PROMPTS, Sampling(8), [1, 2, 3, 4, 5])
     handle.remove()
+
+
+@torch.no_grad()
+def test_packed_weights_give_the_same_states_and_leave_no_trace():
+    lm = make_lm(dtype=torch.bfloat16)
+    ids = torch.tensor([LONG[0], LONG[0][::-1]])
+    plain = lm.model(ids).logits
+    with packed(lm, 2):
+        inside = lm.model(ids).logits
+        assert "forward" in vars(lm.blocks[0].mlp.up_proj)
+    torch.testing.assert_close(inside, plain, atol=0.2, rtol=0.02)  # bfloat16 steps of logits around 10
+    assert torch.equal(lm.model(ids).logits, plain) and "forward" not in vars(lm.blocks[0].mlp.up_proj)

@@ -85,7 +85,7 @@ def test_starved_is_a_named_end(tmp_path, monkeypatch):
     from steerheal import filtering
 
     monkeypatch.setattr(filtering, "MIN_TOKENS", 1000)
-    monkeypatch.setattr(filtering, "default_gate", lambda ppl: 100.0)
+    monkeypatch.setattr(filtering, "gates", lambda scores, settings: filtering.Gates(100.0, 100.0))
     loop, rounds, _ = run(tmp_path)
     assert rounds == [] and loop.end == "starved"
 
@@ -93,7 +93,7 @@ def test_starved_is_a_named_end(tmp_path, monkeypatch):
 def test_the_order_of_work_in_a_round(tmp_path):
     loop, _, events = run(tmp_path, rounds=1)
     stages = [s for s, _ in computed(events)]
-    assert stages[:2] == ["completions", "scores"]  # the perplexity gate
+    assert stages[:2] == ["completions", "scores"]  # the gates
     assert stages[-6:] == ["heal", "foundations", "conduct", "foundations", "conduct", "fluency"]
     assert loop.baselines().rows()[0]["label"] == "base"
 

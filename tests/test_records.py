@@ -17,7 +17,7 @@ from steerheal.stages import Store
 def search(tmp_path_factory):
     """A folder as a search leaves it, for one trial of two rounds, with the filter on."""
     out = tmp_path_factory.mktemp("results")
-    settings = from_flat(TINY | {"filter.coherence": True, "filter.ppl_gate": 300.0})
+    settings = from_flat(TINY | {"filter.coherence": True, "filter.ppl_gate": 300.0, "filter.soup_gate": 6.0})
     loop = HealLoop(settings, make_lm(), Store(out / ".stages"))
     rounds = list(loop.rounds())
     folder = out / "one"
@@ -33,8 +33,9 @@ def test_every_completion_is_on_record_with_its_reasons(search):
     table = records.samples(folder)
     assert set(table["round"]) == {r.outcome.round for r in rounds} and {"probe", "batch"} >= set(table["kind"])
     for _, row in table.iterrows():
+        gates = filtering.Gates(row["gate"], row["soup_gate"])
         score = filtering.Score(**{f: row[f] for f in filtering.Score.__dataclass_fields__})
-        assert row["reasons"].split() == filtering.reasons(score, loop.settings.filter, row["gate"])
+        assert row["reasons"].split() == filtering.reasons(score, loop.settings.filter, gates)
         assert row["kept"] == (not row["reasons"]) and row["prompt"] in loop.persona.dilemmas
     for r in rounds:
         mine = table[table["round"] == r.outcome.round]
