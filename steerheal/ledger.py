@@ -15,6 +15,7 @@ import optuna
 import pandas as pd
 
 from steerheal import pareto
+from steerheal.errors import UserError
 from steerheal.objectives import REFERENCE_POINT
 from steerheal.stages import atomic_write
 
@@ -27,6 +28,23 @@ def open_study(folder: Path) -> optuna.Study:
 
 def storage_url(folder: Path) -> str:
     return f"sqlite:///{folder / 'study.db'}"
+
+
+def read(folder: Path) -> pd.DataFrame:
+    """The ledger as it was last written into a search's folder.
+
+    Raises:
+        UserError: there is none.
+    """
+    try:
+        return pd.read_parquet(folder / "ledger.parquet")
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{folder} holds no ledger; name a folder that `python -m steerheal.search` wrote.") from None
+
+
+def searched(table: pd.DataFrame) -> list[str]:
+    """The searched settings of a ledger, by dotted name."""
+    return [column for column in table.columns if "." in column]
 
 
 def build(study: optuna.Study) -> pd.DataFrame:

@@ -127,6 +127,7 @@ def _search(plan: Plan, concurrent: int) -> int:
     _prove_writable(plan.folder)
     weights.locate(plan.settings.model)  # fetched and converted before any worker waits for it
     plan.write()
+    from analysis import report
     from steerheal import ledger, searcher
     from steerheal.display import Display
 
@@ -147,7 +148,7 @@ def _search(plan: Plan, concurrent: int) -> int:
 
             def refresh() -> None:
                 display.update(ledger.write(study, plan.folder))
-                _draw(plan.folder)
+                report.refresh(plan.folder)
 
             tuner = searcher.StudySearcher(study, plan.space.distributions(), todo, retries, plan.sampler, plan.seed,
                                            refresh)
@@ -160,11 +161,12 @@ def _search(plan: Plan, concurrent: int) -> int:
 
 def _finish(plan: Plan, study: Any, params: list[str], summary: str, stopped: bool) -> int:
     """Rebuild every view, show the front, say what went wrong and how to go on."""
+    from analysis import report
     from steerheal import ledger, searcher
     from steerheal.display import front_table, make_console
 
     table = ledger.write(study, plan.folder)
-    drawn = _draw(plan.folder)
+    drawn = report.refresh(plan.folder, report.FIGURES)
     count = _export(plan, table)
     console = make_console()
     left = searcher.missing(study, plan.trials)
@@ -176,7 +178,7 @@ def _finish(plan: Plan, study: Any, params: list[str], summary: str, stopped: bo
         console.print(f"trait readout: {study.user_attrs['trait']}", soft_wrap=True)
     console.print(f"hypervolume {ledger.hypervolume(table):.4f} nats x coherence, above 0 nats and coherence kept 0.85")
     console.print(summary)
-    console.print(f"{plan.folder}: ledger.csv, front.csv, " + ("pareto.png, " if drawn else "") +
+    console.print(f"{plan.folder}: ledger.csv, front.csv, " + ("report.html, " if drawn else "") +
                   f"{count} adapters in adapters/", soft_wrap=True)
     errors = table[table["error"].ne("") & table["trial"].isin(left)].drop_duplicates("trial")
     for _, row in errors.iterrows():
@@ -305,38 +307,19 @@ def _study(plan: Plan) -> Any:
     return study
 
 
-def _draw(folder: Path) -> bool:
-    """Refresh pareto.png; a failure to draw never ends a search."""
-    try:
-        from analysis import pareto
-
-        pareto.draw_folder(folder)
-        return True
-    except Exception as error:
-        print(f"warning: pareto.png could not be drawn: {type(error).__name__}: {error}", file=sys.stderr)
-        return False
-
-
 def _export(plan: Plan, table: Any) -> int:
     """Write the front's adapters in PEFT's format to adapters/<trial>/r<round>/, and nothing else there."""
-    import json
-
-    from steerheal import history, weights
-    from steerheal.stages import Store
+    from steerheal import export, history
 
     target = plan.folder / "adapters"
-    wanted = {target / str(row["trial"]) / f"r{row['round']}": json.loads(row["chain"])
+    wanted = {target / str(row["trial"]) / f"r{row['round']}": export.Member(plan.folder, row, plan.settings)
               for _, row in table[table["front"]].iterrows()}
     for old in target.glob("*/r*"):
         if old not in wanted:
             shutil.rmtree(old)
-    name = plan.settings.model
-    base = str(weights.locate(name)) if name in weights.WHEEL_MODELS else name
-    store = Store(plan.store)
-    for folder, chain in wanted.items():
+    for folder, member in wanted.items():
         if not (folder / "adapter_config.json").exists():  # written last, so its presence means a whole adapter
-            rounds = [store.load(digest) for digest in chain]
-            history.export(history.fold([history.from_tensors(r.tensors) for r in rounds if r]), folder, base)
+            history.export(export.factors(member), folder, export.base_name(plan.settings.model))
     return len(wanted)
 
 
