@@ -84,7 +84,8 @@ def data(folder: Path, prompt: int = 0) -> Data:
     base = rows[rows["state"] == "base"]
     chosen = list(dict.fromkeys(table[table["front"]].sort_values("trait_gain", ascending=False)["trial"]))
     rows = pd.concat([base.head(1), rows[rows["trial"].isin(chosen) & (rows["state"] != "base")]])
-    return Data(folder.name, prompts[prompt], base["text"].iloc[0], [_column(table, rows, t) for t in chosen], rows)
+    return Data(folder.name, prompts[prompt], next(iter(base["text"]), "(not recorded)"),
+                [_column(table, rows, t) for t in chosen], rows)
 
 
 def _column(table: pd.DataFrame, rows: pd.DataFrame, trial: int) -> Column:
@@ -130,7 +131,9 @@ def plain(text: str) -> str:
 
 
 def quoted(text: str) -> str:
-    return "\n".join(f"> {plain(line)}\\" for line in text.splitlines()).removesuffix("\\") or ">"
+    """A block quotation that keeps the line breaks."""
+    lines = [re.sub(r"^(\s*)([-+=])", r"\1\\\2", plain(line)) for line in text.splitlines()]
+    return "\n".join(f"> {line}\\" for line in lines).removesuffix("\\") or ">"
 
 
 def write(folder: Path, prompt: int = 0) -> None:

@@ -1,8 +1,8 @@
 """python -m analysis.report results/SEARCH: one HTML page of a whole search, report.html in its folder.
 
 Self-contained: pictures are embedded, nothing is fetched, it opens from disk. Everything a model wrote is escaped
-(analysis/page.py). `refresh` is what a running search calls after each round: it draws the front only, which takes about a
-second, and never raises.
+(analysis/page.py). `refresh` is what a running search calls after each round: it never raises, and leaves what costs more
+than about a second (the other figures, the diary, the samples) to the end.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from steerheal.stages import atomic_write
 log = logging.getLogger(__name__)
 
 FIGURES = ("pareto", "trajectory", "knobs", "progress", "filter", "noise")
-LIVE = ("pareto",)  # drawn after every round; the others cost seconds and come with the end of the search
+LIVE = ("pareto",)  # drawn after every round
 SAMPLES_SHOWN = 4  # of each kind, per round
 MEMBERS_SHOWN = 4  # rounds of the front whose samples are shown
 
@@ -42,7 +42,8 @@ FLAGS = {
     "control": "the gain is no larger than the movement of trait-neutral pairs",
     "broad": "an off-target foundation moved more than the trait",
 }
-# columns of the table of rounds: ledger name -> (heading, format)
+# columns of the tables of rounds: ledger name -> (heading, format); the front's has the first MAIN
+MAIN = 5
 COLUMNS = {
     "trait_gain": ("trait gain, nats", "+.3f"), "coherence_kept": ("coherence kept", ".3f"),
     "fluency_kept": ("fluency kept", ".2f"), "verdict": ("verdict", ""), "flags": ("flags", ""),
@@ -78,17 +79,18 @@ class Figure:
     url: str
 
 
-def write(folder: Path, figures: Sequence[str] = FIGURES) -> Path:
-    """Draw the figures and write report.html into a search's folder."""
+def write(folder: Path, whole: bool = True) -> Path:
+    """Draw and write report.html into a search's folder; without `whole`, only what is cheap: numbers and the front."""
     path = folder / "report.html"
-    atomic_write(path, page.render("report.html", **data(folder), figures=draw(folder, figures)).encode())
+    values = data(folder, whole)
+    atomic_write(path, page.render("report.html", **values, figures=draw(folder, FIGURES if whole else LIVE)).encode())
     return path
 
 
-def refresh(folder: Path, figures: Sequence[str] = LIVE) -> bool:
+def refresh(folder: Path, whole: bool = False) -> bool:
     """`write`, for a search that must not end because a page could not be written: a failure is logged."""
     try:
-        write(folder, figures)
+        write(folder, whole)
         return True
     except Exception as error:
         log.warning("report.html could not be written: %s: %s", type(error).__name__, error)
@@ -112,8 +114,11 @@ def draw(folder: Path, names: Sequence[str]) -> list[Figure]:
 # ---------------------------------------------------------------- what the page says
 
 
-def data(folder: Path) -> dict[str, Any]:
+def data(folder: Path, whole: bool = True) -> dict[str, Any]:
     """Everything on the page but the figures, by the names that templates/report.html uses.
+
+    Args:
+        whole: with diary and samples, which are read from the stage store.
 
     Raises:
         UserError: the folder holds no search.
@@ -131,14 +136,14 @@ def data(folder: Path) -> dict[str, Any]:
     failed = table[table["error"].ne("")].drop_duplicates("trial")
     return dict(
         title=f"{search['name']}: steerheal report", name=search["name"], search=search, hypothesis=_hypothesis(search),
-        written=time.strftime("%Y-%m-%d %H:%M"), done=done, live=done < search["trials"],
+        written=time.strftime("%Y-%m-%d %H:%M"), done=done, whole=whole,
         trait=_trait_reason(folder), hypervolume=ledger.hypervolume(table), sentences=sentences(rounds, baselines),
         verdicts=VERDICTS, flags=FLAGS, floors=dict(coherence=COHERENCE_FLOOR, fluency=FLUENCY_FLOOR, sane=DEGRADED),
-        front=round_table(front), rounds=round_table(rounds), baselines=baseline_table(baselines),
+        front=round_table(front, MAIN), rounds=round_table(rounds, len(COLUMNS)), baselines=baseline_table(baselines),
         failed=[(row["trial"], row["error"]) for _, row in failed.iterrows()],
         adapters=[f"adapters/{row['trial']}/r{row['round']}" for _, row in front.iterrows()],
-        diary=_optional("the diary", lambda: _diary(folder)) if len(front) else None,
-        samples=_optional("samples", lambda: samples(folder, front)) or [] if len(front) else [],
+        diary=_optional("the diary", lambda: _diary(folder)) if whole and len(front) else None,
+        samples=_optional("samples", lambda: samples(folder, front)) or [] if whole and len(front) else [],
         settings=settings_rows(search), loading=_loading(search, front))
 
 
@@ -213,10 +218,10 @@ def _against(best: pd.Series, other: pd.Series, what: str) -> str:
 # ---------------------------------------------------------------- tables
 
 
-def round_table(rows: pd.DataFrame) -> Table:
-    """Rounds with their trial's parameters, then what was measured; a column that no round has is left out."""
+def round_table(rows: pd.DataFrame, columns: int) -> Table:
+    """Rounds with their trial's parameters, then the first `columns` of COLUMNS; one that no round has is left out."""
     params = ledger.searched(rows)
-    names = [name for name in COLUMNS if name in rows and rows[name].notna().any()]
+    names = [name for name in list(COLUMNS)[:columns] if name in rows and rows[name].notna().any()]
     heads = ["trial", "round", *params, *(COLUMNS[name][0] for name in names)]
     out = []
     for _, row in rows.iterrows():
@@ -286,9 +291,9 @@ def samples(folder: Path, front: pd.DataFrame) -> list[dict[str, Any]]:
 
 
 def _sample(row: pd.Series) -> dict[str, str]:
-    reasons = row["reasons"] if isinstance(row["reasons"], str) else ", ".join(row["reasons"])
+    fate = "kept" if row["kept"] else f"dropped: {row['reasons']}"
     words = (f"dose {row['dose']:.3g} ({row['edge_dose']:.2g} x edge), perplexity {row['perplexity']:.1f} (gate "
-             f"{row['gate']:.1f}), repetition {row['repetition']:.2f}, {'kept' if row['kept'] else 'dropped: ' + reasons}")
+             f"{row['gate']:.1f}), repetition {row['repetition']:.2f}, {fate}")
     return dict(prompt=row["prompt"], text=row["text"], words=words)
 
 

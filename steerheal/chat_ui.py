@@ -135,9 +135,10 @@ class Session:
         self.write(f"[{who}{f', dose {self.dose:g}' if self.dose else ''}] ")
         streamer = Streamer(lm.tokenizer, self.write)
         prompt = torch.tensor([ids], device=lm.device)
+        model: Any = lm.model  # whose class only some versions declare to generate
         try:
             with steered(lm, vector, self.dose), torch.no_grad():
-                lm.model.generate(
+                model.generate(
                     prompt, attention_mask=torch.ones_like(prompt), streamer=streamer, do_sample=True,
                     max_new_tokens=min(CHAT_TOKENS, room), temperature=g.temperature, top_p=g.top_p, top_k=g.top_k,
                     eos_token_id=sorted(lm.eos_ids), pad_token_id=min(lm.eos_ids), suppress_tokens=lm.banned.tolist())

@@ -22,7 +22,7 @@ class Args:
     set: tuple[str, ...] = ()
     """settings, such as heal.tau=1.0 rounds=2"""
     store: Path = Path("results/.stages")
-    """the stage store; shared with searches in results/"""
+    """the stage store; shared with searches in results/. The run's own folder, with its report, is made beside it"""
     export: Path | None = None
     """write the last round's adapter here, in PEFT's format"""
 
@@ -44,6 +44,7 @@ def run(args: Args) -> int:
     from steerheal import history, models
     from steerheal.display import describe
     from steerheal.loop import HealLoop
+    from steerheal.single import Single
     from steerheal.stages import Event, Store
 
     def say(event: Event) -> None:
@@ -56,10 +57,12 @@ def run(args: Args) -> int:
     loop = HealLoop(settings, models.load(settings), store)
     print(f"trait readout: {loop.baselines().trait_reason}")
     chain: tuple[str, ...] = ()
+    single = Single(args.store.parent, settings)
     for round_ in loop.rounds():
         print(describe(pd.Series(round_.row())), flush=True)
+        single.add(loop, round_)
         chain = round_.chain
-    print(f"ended: {loop.end}")
+    print(f"ended: {loop.end}\nreport: {single.finish(str(loop.end)) / 'report.html'}")
     if args.export and chain:
         rounds = [history.from_tensors(loop.stored(digest).tensors) for digest in chain]
         history.export(history.fold(rounds), args.export, model)

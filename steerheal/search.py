@@ -166,7 +166,7 @@ def _finish(plan: Plan, study: Any, params: list[str], summary: str, stopped: bo
     from steerheal.display import front_table, make_console
 
     table = ledger.write(study, plan.folder)
-    drawn = report.refresh(plan.folder, report.FIGURES)
+    drawn = report.refresh(plan.folder, whole=True)
     count = _export(plan, table)
     console = make_console()
     left = searcher.missing(study, plan.trials)
