@@ -23,7 +23,7 @@ from steerheal.export import Member, factors
 from steerheal.generation import generate, greedy
 from steerheal.loop import HealLoop
 from steerheal.settings import Settings
-from steerheal.steering import steered
+from steerheal.steering import Vector, steered
 
 CHAT_TOKENS, ASK_TOKENS = 512, 128  # longest answers
 HELP = ("/base: base answers your last message. /dose X: add X raw steering vectors to whoever answers (0: none). "
@@ -84,6 +84,7 @@ class Session:
         self.student.load_history([factors(member)])
         self.turns: list[chat.Turn] = []
         self.dose = 0.0
+        self.vector: Vector | None = None
 
     def run(self, lines: Iterable[str]) -> None:
         """Answer line by line, until the lines end or /quit."""
@@ -118,6 +119,9 @@ class Session:
             dose = float(text)
         except ValueError:
             raise UserError(f"/dose {text}: a number, such as /dose {self.member.row['edge']:.3g} (the edge dose)") from None
+        if self.vector is None:
+            with self.student.base():  # where the store has no vector, it is made here
+                self.vector, _ = self.loop.vector(())
         self.dose = dose
         self.write(f"dose {dose:g}, {dose / self.member.row['edge']:.2f} x the edge dose\n")
 
@@ -128,16 +132,12 @@ class Session:
         room = lm.model.config.get_text_config().max_position_embeddings - len(ids)
         if room < 1:
             raise UserError(f"the conversation has {len(ids)} tokens, more than the model reads: /reset")
-        vector = None
-        if self.dose:
-            with self.student.base():
-                vector, _ = self.loop.vector(())
         self.write(f"[{who}{f', dose {self.dose:g}' if self.dose else ''}] ")
         streamer = Streamer(lm.tokenizer, self.write)
         prompt = torch.tensor([ids], device=lm.device)
         model: Any = lm.model  # whose class only some versions declare to generate
         try:
-            with steered(lm, vector, self.dose), torch.no_grad():
+            with steered(lm, self.vector, self.dose), torch.no_grad():
                 model.generate(
                     prompt, attention_mask=torch.ones_like(prompt), streamer=streamer, do_sample=True,
                     max_new_tokens=min(CHAT_TOKENS, room), temperature=g.temperature, top_p=g.top_p, top_k=g.top_k,
