@@ -47,7 +47,7 @@ def loud(monkeypatch):
     quiet = export.factors
 
     def factors(member):
-        return {path: (a, (40 - 20 * member.row["round"]) * b) for path, (a, b) in quiet(member).items()}
+        return {path: (a, (30, 5)[member.row["round"]] * b) for path, (a, b) in quiet(member).items()}
 
     monkeypatch.setattr(chat_ui, "factors", factors)
     return factors
