@@ -71,9 +71,9 @@ def data(folder: Path, prompt: int = 0) -> Data:
     Raises:
         UserError: no ledger, no deliverable round, no recorded generations, or no such prompt.
     """
-    from steerheal import records
-
     table = ledger.read(folder)
+    from steerheal import records  # which reads the stage store, and so loads torch
+
     rows = records.diary(folder)
     if rows.empty:
         raise UserError(f"{folder}: no generations on the persona's headline prompts are recorded.")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import tempfile
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -121,17 +122,26 @@ def appearing(target: Path, flag: str) -> Iterator[Path]:
 # ---------------------------------------------------------------- the model card
 
 
-def model_card(member: Member, path: str) -> str:
-    """README.md of an exported adapter, with the metadata block that the hub reads."""
+def model_card(member: Member, adapter: str | None = None) -> str:
+    """README.md with the metadata block that the hub reads.
+
+    Args:
+        adapter: where the adapter lies; None where base and adapter are merged into one model.
+    """
     row, s = member.row, member.settings
     readouts = "\n".join(f"| {k} | {row[k]:+.3f} |" for k in row.index if k.endswith("_nats"))
     settings = "\n".join(f"| {k} | {json.dumps(v)} |" for k, v in to_flat(s).items())
     base = s.model if "/" in s.model and not Path(s.model).exists() else ""
-    head = "---\nlibrary_name: peft\n" + (f"base_model: {base}\n" if base else "") + "tags: [lora, steering, steerheal]\n---\n"
-    return f"""{head}
+    library, what = ("peft", "A LoRA adapter for") if adapter else ("transformers", "A LoRA adapter merged into")
+    named = f"base_model: {base}\n" if base else ""
+    return f"""---
+library_name: {library}
+{named}tags: [lora, steering, steerheal]
+---
+
 # {s.persona}: {member.name} of the search {member.folder.absolute().name}
 
-A LoRA adapter for **{s.model}** that moves the trait *{s.persona}*: its completions under a steering vector, filtered, were
+{what} **{s.model}** that moves the trait *{s.persona}*: its completions under a steering vector, filtered, were
 learned under a KL barrier, in {int(row['round']) + 1} round(s). Written by steerheal {__version__}.
 
 ## What was measured
@@ -144,7 +154,8 @@ learned under a KL barrier, in {int(row['round']) + 1} round(s). Written by stee
 | fluency kept, share of base | {row['fluency_kept']:.2f} | |
 
 Verdict: **{row['verdict']}**, {VERDICTS[row['verdict']]}.{f" Flags: {row['flags']}." if row['flags'] else ""}
-The intervals do not hold the noise between run seeds. Measured on base + adapter, not merged.
+The intervals do not hold the noise between run seeds. All numbers are of base + adapter, not of a merged form, whose weights
+are rounded.
 
 | readout | nats |
 |---|---|
@@ -159,7 +170,7 @@ numbers above may not hold.
 ## How to load
 
 ```python
-{loading_code(to_flat(s), path)}
+{loading_code(to_flat(s), adapter) if adapter else LOAD_MERGED.format(dtype=s.dtype)}
 ```
 
 ## Licence
@@ -178,6 +189,10 @@ def measured(row: pd.Series, name: str) -> str:
     return f"{row[name]:+.3f} | {row[name + '_low']:+.3f} to {row[name + '_high']:+.3f}"
 
 
+LOAD_MERGED = """import torch
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("this folder", dtype=torch.{dtype})"""
 QUANTISED = {"none": "{dtype}, not quantised", "nf4": "4-bit NF4 (bitsandbytes, double quantisation, compute in bfloat16)"}
 
 
@@ -265,7 +280,6 @@ def merge(member: Member, target: Path) -> pd.DataFrame:
     Returns:
         one row per form (factored, merged): trait_gain with its interval, coherence, coherence_kept.
     """
-    import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -274,20 +288,17 @@ def merge(member: Member, target: Path) -> pd.DataFrame:
 
     s = member.settings
     adapter = factors(member)
+    known = HealLoop(s, models.load(s), member.store).baselines()
     path = weights.locate(s.model)
-    with appearing(target, "--merge") as folder:
-        with tempfile.TemporaryDirectory() as temporary:
-            history.export(adapter, Path(temporary), str(path))
-            base = AutoModelForCausalLM.from_pretrained(path, dtype=models.DTYPES[s.dtype], local_files_only=True)
-            merged = PeftModel.from_pretrained(base, temporary).merge_and_unload()
+    with appearing(target, "--merge") as folder, tempfile.TemporaryDirectory() as temporary, warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers for names that it renames
+        history.export(adapter, Path(temporary), str(path))
+        base = AutoModelForCausalLM.from_pretrained(path, dtype=models.DTYPES[s.dtype], local_files_only=True)
+        merged = PeftModel.from_pretrained(base, temporary).merge_and_unload()
         merged.save_pretrained(folder)
         AutoTokenizer.from_pretrained(path, local_files_only=True).save_pretrained(folder)
-        (folder / "README.md").write_text(model_card(member, "the adapter's folder"), encoding="utf-8")
+        (folder / "README.md").write_text(model_card(member), encoding="utf-8")
     del base, merged
-    loop = HealLoop(s, models.load(s), member.store)
-    known = loop.baselines()
-    del loop
-    torch.cuda.empty_cache()
     plain_settings = replace(s, model=str(target.absolute()), quantise="none")
     reading = HealLoop(plain_settings, models.load(plain_settings), member.store).reading((), with_fluency=False)
     gain, coherence = known.trait.gain(reading, known.base), reading.estimate("coherence")

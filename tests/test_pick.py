@@ -116,6 +116,7 @@ def test_a_merged_model_is_base_plus_adapter_and_is_measured_again(members, tmp_
         tensors[f"{path}.weight"] = (tensors[f"{path}.weight"].double() + b.double() @ a.double()).float()
     for name, want in tensors.items():
         torch.testing.assert_close(weights[name], want, atol=1e-6, rtol=0)
+    assert "library_name: transformers" in (tmp_path / "merged" / "README.md").read_text()
     assert AutoTokenizer.from_pretrained(tmp_path / "merged").chat_template
     # the trait of record, before the fixture changed it: float32 merging changes next to nothing
     rounds = ledger.build(ledger.open_study(members[1].folder))
