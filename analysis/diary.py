@@ -82,7 +82,7 @@ def data(folder: Path, prompt: int = 0) -> Data:
         raise UserError(f"--prompt {prompt}: allowed: 0 to {len(prompts) - 1}, the persona's headline prompts.")
     rows = rows[rows["prompt"] == prompts[prompt]]
     base = rows[rows["state"] == "base"]
-    chosen = list(dict.fromkeys(table[table["front"]].sort_values("trait_gain", ascending=False)["trial"]))
+    chosen = list(dict.fromkeys(ledger.front(table)["trial"]))
     rows = pd.concat([base.head(1), rows[rows["trial"].isin(chosen) & (rows["state"] != "base")]])
     return Data(folder.name, prompts[prompt], next(iter(base["text"]), "(not recorded)"),
                 [_column(table, rows, t) for t in chosen], rows)

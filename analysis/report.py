@@ -131,7 +131,7 @@ def data(folder: Path, whole: bool = True) -> dict[str, Any]:
         raise UserError(f"{folder} cannot be read as a search ({type(error).__name__}: {error}).") from None
     baselines = pd.read_csv(folder / "baselines.csv") if text.strip() else pd.DataFrame()
     rounds = table.dropna(subset=["round"])
-    front = table[table["front"]].sort_values("trait_gain", ascending=False)
+    front = ledger.front(table)
     done = table[table["state"] == "complete"]["trial"].nunique()
     failed = table[table["error"].ne("")].drop_duplicates("trial")
     return dict(
@@ -141,7 +141,6 @@ def data(folder: Path, whole: bool = True) -> dict[str, Any]:
         verdicts=VERDICTS, flags=FLAGS, floors=dict(coherence=COHERENCE_FLOOR, fluency=FLUENCY_FLOOR, sane=DEGRADED),
         front=round_table(front, MAIN), rounds=round_table(rounds, len(COLUMNS)), baselines=baseline_table(baselines),
         failed=[(row["trial"], row["error"]) for _, row in failed.iterrows()],
-        adapters=[f"adapters/{row['trial']}/r{row['round']}" for _, row in front.iterrows()],
         diary=_optional("the diary", lambda: _diary(folder)) if whole and len(front) else None,
         samples=_optional("samples", lambda: samples(folder, front)) or [] if whole and len(front) else [],
         settings=settings_rows(search), loading=_loading(search, front))
