@@ -48,7 +48,7 @@ class Search:
     @property
     def params(self) -> list[str]:
         """The searched settings, by dotted name."""
-        return [c for c in self.table.columns if "." in c]
+        return ledger.searched(self.table)
 
     @property
     def base(self) -> pd.Series:

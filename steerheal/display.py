@@ -17,6 +17,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from steerheal import ledger
+
 
 class Display:
     """Context manager around a search. `update` takes the ledger whenever the study changed."""
@@ -132,16 +134,16 @@ def make_console() -> Console:
 
 
 def front_table(table: pd.DataFrame, params: list[str], most: int | None = None) -> Table:
-    """The Pareto front as a table: trial, round, parameters, trait gain with its 95% interval over items, shares of
-    base coherence and fluency kept, verdict and flags."""
-    rows = table[table["front"]].sort_values("trait_gain", ascending=False)
+    """The Pareto front as a table: index (for `steerheal.pick --index`), trial, round, parameters, trait gain with its 95%
+    interval over items, shares of base coherence and fluency kept, verdict and flags."""
+    rows = ledger.front(table)
     out = Table(title="Pareto front" + (f" (top {most} of {len(rows)})" if most and len(rows) > most else ""),
                 title_justify="left", title_style="bold")
-    for column in ("trial", "round", *params, "trait gain, nats", "coherence", "fluency", "verdict"):
+    for column in ("#", "trial", "round", *params, "trait gain, nats", "coherence", "fluency", "verdict"):
         out.add_column(column, justify="left" if column == "verdict" else "right", no_wrap=column == "trait gain, nats")
-    for _, row in rows.head(most or len(rows)).iterrows():
+    for index, (_, row) in enumerate(rows.head(most or len(rows)).iterrows()):
         shown = [f"{row[p]:.3g}" if isinstance(row[p], float) else str(row[p]) for p in params]
-        out.add_row(str(row["trial"]), str(row["round"]), *shown, interval(row), f"{row['coherence_kept']:.3f}",
+        out.add_row(str(index), str(row["trial"]), str(row["round"]), *shown, interval(row), f"{row['coherence_kept']:.3f}",
                     f"{row['fluency_kept']:.2f}", row["verdict"] + (f" ({row['flags']})" if row["flags"] else ""))
     return out
 

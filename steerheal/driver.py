@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from steerheal import events, ledger, searcher, views
+from analysis import report
+from steerheal import events, ledger, searcher
 from steerheal.display import Display
 from steerheal.errors import UserError
 from steerheal.plan import Plan
@@ -68,7 +69,7 @@ def run(plan: Plan, study: Any, space: dict[str, Any], todo: list[int], fixed: d
             if row:
                 scalars.add(index, row)
             display.update(ledger.write(study, plan.folder))
-            views.draw(plan.folder)
+            report.refresh(plan.folder)
 
         search = searcher.StudySearcher(study, space, todo, fixed, plan.sampler, plan.seed, on_change, plan.halving)
         with events.session(plan.folder, machine.concurrent):

@@ -62,6 +62,12 @@ def read(folder: Path) -> pd.DataFrame:
                         f"writes it anew.") from None
 
 
+def searched(table: pd.DataFrame) -> list[str]:
+    """The columns of a ledger that are searched settings: they stand between `error` and `round`."""
+    columns = list(table.columns)
+    return columns[columns.index("error") + 1 : columns.index("round")]
+
+
 def build(study: optuna.Study) -> pd.DataFrame:
     """The ledger of a study, by trial and round. Interrupted attempts that were run again are left out."""
     rows: list[dict[str, Any]] = []

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import platform
 import time
 from dataclasses import dataclass
@@ -58,8 +59,17 @@ class Plan:
             name=self.name, space=self.space.name, model=self.settings.model, overrides=self.overrides,
             sampler=self.sampler, halving=self.halving, seed=self.seed, trials=self.trials, identity=self.identity(),
             settings=to_flat(self.settings), created=old.get("created", time.strftime("%Y-%m-%d %H:%M:%S")),
-            versions=dict(steerheal=__version__, python=platform.python_version(), **_versions()))
+            **environment())
         atomic_write(path, json.dumps(body, indent=2).encode())
+
+
+def environment() -> dict[str, dict[str, str]]:
+    """Versions, and the machine: what the speed of a search and the last bits of its numbers depend on."""
+    memory, card = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, weights.cuda_memory_gb()
+    return dict(
+        versions=dict(steerheal=__version__, python=platform.python_version(), **_versions()),
+        machine=dict(system=platform.platform(), cores=str(os.cpu_count()), memory=f"{memory:.0f} GB",
+                     device=f"CUDA card, {card:.0f} GB" if card else "CPU"))
 
 
 def _versions() -> dict[str, str]:

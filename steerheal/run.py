@@ -22,7 +22,7 @@ class Args:
     set: tuple[str, ...] = ()
     """settings, such as heal.tau=1.0 rounds=2"""
     store: Path = Path("results/.stages")
-    """the stage store; shared with searches in results/"""
+    """the stage store; shared with searches in results/. The run's own folder, with its report, is made beside it"""
     export: Path | None = None
     """write the last round's adapter here, in PEFT's format, and the steering vector"""
     diagnose: bool = False
@@ -47,6 +47,7 @@ def run(args: Args) -> int:
     from steerheal import diagnose, gates, history, models, steering
     from steerheal.display import describe
     from steerheal.loop import HealLoop
+    from steerheal.single import Single
     from steerheal.stages import Event, Store
 
     def say(event: Event) -> None:
@@ -63,14 +64,16 @@ def run(args: Args) -> int:
     loop = HealLoop(settings, lm, store)
     print(f"trait readout: {loop.baselines().trait_reason}")
     chain: tuple[str, ...] = ()
+    single = Single(args.store.parent, settings)
     rows = []
     for round_ in loop.rounds():
         rows.append(round_.row())
         print(describe(pd.Series(rows[-1])))
         for gate, answer in gates.answers(rows).items():
             print(f"    {gate}  {answer}", flush=True)
+        single.add(loop, round_)
         chain = round_.chain
-    print(f"ended: {loop.end}")
+    print(f"ended: {loop.end}\nreport: {single.finish(str(loop.end)) / 'report.html'}")
     if args.export and chain:
         rounds = [history.from_tensors(loop.bench.stored(digest).tensors) for digest in chain]
         history.export(history.fold(rounds), args.export, model)

@@ -180,11 +180,12 @@ def _search(plan: Plan, args: Args) -> int:
 
 def _finish(plan: Plan, study: Any, params: list[str], ended: Any) -> int:
     """Rebuild every view, show the front, say what went wrong and how to go on."""
+    from analysis import report
     from steerheal import ledger, searcher, views
     from steerheal.display import front_table, make_console, say_failures
 
     table = ledger.write(study, plan.folder)
-    drawn = views.draw(plan.folder)
+    drawn = report.refresh(plan.folder, whole=True)
     count = views.export(plan, table)
     console = make_console()
     left = searcher.missing(study, plan.trials)
@@ -196,7 +197,7 @@ def _finish(plan: Plan, study: Any, params: list[str], ended: Any) -> int:
         console.print(f"trait readout: {study.user_attrs['trait']}", soft_wrap=True)
     console.print(f"hypervolume {ledger.hypervolume(table):.4f} nats x coherence, above 0 nats and coherence kept 0.85")
     console.print(ended.summary)
-    console.print(f"{plan.folder}: ledger.csv, front.csv, " + ("pareto.png, " if drawn else "") +
+    console.print(f"{plan.folder}: ledger.csv, front.csv, " + ("report.html, " if drawn else "") +
                   f"{count} adapters in adapters/", soft_wrap=True)
     if not left:
         return 0

@@ -43,16 +43,10 @@ def show(folder: Path) -> int:
         console.print(f"hypervolume {last['hypervolume']:.4f} after {last['hours']:.2f} hours{left}", soft_wrap=True)
     say_failures(console, table, list(table["trial"][table["state"].eq("fail")]))
     if table["front"].any():
-        console.print(front_table(table, searched(table)))
+        console.print(front_table(table, ledger.searched(table)))
     if found:
         console.print(waste.text(folder), soft_wrap=True)
     return 0
-
-
-def searched(table: pd.DataFrame) -> list[str]:
-    """The columns of a ledger that are searched settings: they stand between `error` and `round`."""
-    columns = list(table.columns)
-    return columns[columns.index("error") + 1 : columns.index("round")]
 
 
 def is_running(folder: Path) -> bool:

@@ -53,8 +53,8 @@ def count(found: list[dict[str, Any]], store_seconds: dict[str, float] | None = 
     """What was computed and what sharing saved, one row per kind of stage.
 
     Columns: stage; computed, seconds (spent); shared (wanted by a trial, but computed by another or by another search);
-    replayed (read again by the same trial: after an interruption, or because two of its steps want one stage); saved (seconds that trials would have spent
-    without sharing, each computing every stage it wants once).
+    replayed (read again by the same trial: after an interruption, or because two of its steps want one stage); saved
+    (seconds that trials would have spent without sharing, each computing every stage it wants once).
 
     Args:
         store_seconds: seconds of stages that this search only read, by digest.

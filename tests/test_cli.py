@@ -123,13 +123,13 @@ def test_presets_of_the_big_model():
 
 @pytest.mark.parametrize("module", ["steerheal.run", "steerheal.pick", "steerheal.doctor", "steerheal.clean",
                                     "analysis.pareto", "analysis.waste", "benchmarks.halving", "benchmarks.samplers",
-                                    "benchmarks.grid"])
+                                    "benchmarks.grid", "analysis.report", "analysis.diary"])
 def test_every_command_has_help(module):
     code, text = run("--help", module=module)
     assert code == 0 and len(text) > 50
 
 
-def test_pick_and_pareto_refuse_folders_that_are_no_search(tmp_path):
-    for module in ("steerheal.pick", "analysis.pareto"):
+def test_what_reads_a_search_refuses_folders_that_are_no_search(tmp_path):
+    for module in ("steerheal.pick", "analysis.pareto", "analysis.report", "analysis.diary"):
         code, text = run(str(tmp_path), module=module)
         assert code == 2 and "holds no ledger" in text and "Traceback" not in text

@@ -73,7 +73,8 @@ def undisturbed(tiny_folder, tmp_path_factory):
 def test_a_search_leaves_everything_it_promises(undisturbed):
     out, text = undisturbed
     folder = out / "quickstart"
-    for name in ("study.db", "ledger.parquet", "ledger.csv", "front.csv", "baselines.csv", "pareto.png", "search.json"):
+    for name in ("study.db", "ledger.parquet", "ledger.csv", "front.csv", "baselines.csv", "pareto.png", "report.html",
+                 "search.json"):
         assert (folder / name).stat().st_size > 0, name
     rows = table(out)
     assert sorted(set(rows["trial"])) == [0, 1, 2] and len(rows) == 6
