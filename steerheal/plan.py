@@ -36,6 +36,7 @@ class Plan:
     trials: int
     notes: list[str]  # sentences the user should see
     resumed: bool
+    commit: str = ""  # of a hub model: known once it is fetched, and kept from then on
 
     @property
     def store(self) -> Path:
@@ -54,7 +55,8 @@ class Plan:
         body = dict(
             name=self.name, space=self.space.name, model=self.settings.model, overrides=self.overrides,
             sampler=self.sampler, seed=self.seed, trials=self.trials, identity=self.identity(),
-            settings=to_flat(self.settings), created=old.get("created", time.strftime("%Y-%m-%d %H:%M:%S")),
+            settings=to_flat(self.settings), commit=self.commit,
+            created=old.get("created", time.strftime("%Y-%m-%d %H:%M:%S")),
             versions=dict(steerheal=__version__, python=platform.python_version(), **_versions()))
         atomic_write(path, json.dumps(body, indent=2).encode())
 
@@ -94,7 +96,8 @@ def make(space_name: str, *, name: str | None, out: Path, model: str | None, ove
     plan = Plan(name, folder, space, settings, {k: v for k, v in asked.items() if k != "model"},
                 sampler or (stored or {}).get("sampler", "tpe"),
                 seed if seed is not None else (stored or {}).get("seed", 0),
-                trials or max((stored or {}).get("trials", 0), space.trials), [note] if note else [], stored is not None)
+                trials or max((stored or {}).get("trials", 0), space.trials), [note] if note else [], stored is not None,
+                (stored or {}).get("commit", ""))
     if stored:
         _refuse_changes(plan, stored)
         plan.notes = [] if overrides.get("model") != "auto" else plan.notes

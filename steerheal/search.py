@@ -125,7 +125,8 @@ def _search(plan: Plan, concurrent: int) -> int:
     from steerheal import weights
 
     _prove_writable(plan.folder)
-    weights.locate(plan.settings.model)  # fetched and converted before any worker waits for it
+    # fetched and converted before any worker waits for it; a resumed search stays on the commit it began with
+    plan.commit = weights.hub_commit(weights.locate(plan.settings.model, plan.commit))
     plan.write()
     from steerheal import ledger, searcher
     from steerheal.display import Display
@@ -221,11 +222,12 @@ def _tune(plan: Plan, tuner_search: Any, concurrent: int, count: int) -> tuple[b
     with _quiet():
         ray.init(address="local", num_cpus=max(cores, concurrent), num_gpus=gpus, include_dashboard=False,
                  log_to_driver=False, object_store_memory=10**8, _temp_dir=str(scratch), logging_level=logging.ERROR,
-                 runtime_env={"env_vars": {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}})
+                 runtime_env={"env_vars": {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", "HF_HUB_OFFLINE": "1"}})
         try:
             tuner = tune.Tuner(
                 tune.with_resources(HealTrial, resources),
-                param_space=dict(flat=to_flat(plan.settings), folder=str(plan.folder), store=str(plan.store)),
+                param_space=dict(flat=to_flat(plan.settings), folder=str(plan.folder), store=str(plan.store),
+                                 commit=plan.commit),
                 tune_config=tune.TuneConfig(search_alg=tuner_search, num_samples=count, reuse_actors=True,
                                             max_concurrent_trials=concurrent),
                 run_config=tune.RunConfig(name="run", storage_path=str(scratch), stop=Halt(), verbose=0))

