@@ -10,31 +10,13 @@ little. Incoherence is outlier-driven, so rmse, p95 and max see a short token lo
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
-LOSS_ROWS = 256  # positions whose vocabulary-wide logits exist at once, forward and backward
+LOSS_LOGITS = {"cpu": 2**23, "cuda": 2**25}  # of one model that exist at once, whatever the vocabulary: 32, 128 MiB
 RMSE_EPS = 1e-8  # a fresh adapter has kl = 0 everywhere, where sqrt' is infinite
-
-
-def per_position_kl(student: Tensor, reference: Tensor, kind: str) -> Tensor:
-    """KL at each position, in nats.
-
-    Args:
-        student, reference: float32 logits [n, vocabulary].
-        kind: kl_rev or kl_fwd.
-
-    Returns:
-        [n], never negative beyond rounding.
-    """
-    s, r = student.log_softmax(-1), reference.log_softmax(-1)
-    if kind == "kl_rev":
-        return (s.exp() * (s - r)).sum(-1)
-    if kind == "kl_fwd":
-        return (r.exp() * (r - s)).sum(-1)
-    raise ValueError(f"kind = {kind!r}: kl_rev or kl_fwd")
 
 
 def aggregate(kl: Tensor, how: str) -> Tensor:
@@ -50,11 +32,9 @@ def aggregate(kl: Tensor, how: str) -> Tensor:
     raise ValueError(f"aggregate = {how!r}: mean, rmse, p95 or max")
 
 
-def nll_and_kl(hidden: Tensor, targets: Tensor, logits: Callable[[Tensor], Tensor], reference: Tensor | None,
-               kind: str) -> tuple[Tensor, Tensor | None]:
-    """Cross-entropy and KL at every position, with at most LOSS_ROWS x vocabulary logits alive.
-
-    Each chunk of positions recomputes its logits in the backward pass, so memory does not grow with the batch.
+def nll_and_kl(hidden: Tensor, targets: Tensor, logits: Callable[[Tensor], Tensor], vocabulary: int,
+               reference: Tensor | None, kind: str) -> tuple[Tensor, Tensor | None]:
+    """Cross-entropy and KL at every position, with at most LOSS_LOGITS logits of each model alive at once.
 
     Args:
         hidden: the student's final states [n, d], with gradient.
@@ -66,13 +46,58 @@ def nll_and_kl(hidden: Tensor, targets: Tensor, logits: Callable[[Tensor], Tenso
     Returns:
         (nll [n], kl [n] or None).
     """
-    def chunk(h: Tensor, t: Tensor, ref: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        student = logits(h)
-        nll = torch.nn.functional.cross_entropy(student, t, reduction="none")
-        return nll, None if ref is None else per_position_kl(student, logits(ref), kind)
+    rows = max(LOSS_LOGITS[hidden.device.type] // vocabulary, 1)
+    nll, kl = _Chunked.apply(hidden, targets, logits, rows, reference, kind)
+    return nll, None if reference is None else kl
 
-    references = [None] * len(hidden.split(LOSS_ROWS)) if reference is None else reference.split(LOSS_ROWS)
-    pieces = [checkpoint(chunk, h, t, ref, use_reentrant=False)
-              for h, t, ref in zip(hidden.split(LOSS_ROWS), targets.split(LOSS_ROWS), references)]
-    nll = torch.cat([p[0] for p in pieces])
-    return nll, None if reference is None else torch.cat([p[1] for p in pieces])
+
+class _Chunked(torch.autograd.Function):
+    """The gradients of each position's nll and kl with respect to its state are taken while its logits are there.
+
+    They are two [n, d], which the backward pass scales and adds: no logits are kept and none are made again. With
+    p = softmax(z) of the student's logits z, and q of the reference's:
+
+        d nll/dz = p - onehot(target)      d kl_rev/dz = p (log p - log q - kl_rev)      d kl_fwd/dz = p - q
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, targets: Tensor, logits: Callable[[Tensor], Tensor], rows: int,
+                reference: Tensor | None, kind: str) -> tuple[Tensor, Tensor]:
+        pieces = []
+        for i in range(0, len(hidden), rows):
+            h = hidden[i : i + rows].detach().requires_grad_()
+            with torch.enable_grad():
+                z = logits(h)
+            values, gradients = _with_gradients(z.detach(), targets[i : i + rows],
+                                                None if reference is None else logits(reference[i : i + rows]), kind)
+            pieces.append((*values, *(torch.autograd.grad(z, h, g, retain_graph=True)[0] for g in gradients)))
+        nll, kl, *kept = (torch.cat(piece) for piece in zip(*pieces))
+        ctx.save_for_backward(*kept)
+        return nll, kl
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        hidden = sum(u[:, None] * g for u, g in zip(upstream, ctx.saved_tensors))
+        return hidden.to(ctx.saved_tensors[0].dtype), None, None, None, None, None
+
+
+def _with_gradients(z: Tensor, targets: Tensor, reference: Tensor | None,
+                    kind: str) -> tuple[tuple[Tensor, Tensor], list[Tensor]]:
+    """Float32 logits [n, vocabulary] -> ((nll, kl), their gradients with respect to z; no second one without a reference)."""
+    s = z.log_softmax(-1)
+    nll = -s.gather(1, targets[:, None])[:, 0]
+    p = s.exp()
+    kl = torch.zeros_like(nll)
+    gradients = [p]
+    if reference is not None:
+        r = reference.log_softmax(-1)
+        if kind == "kl_rev":
+            apart = s.sub_(r)
+            kl = (p * apart).sum(-1)
+            gradients.append(apart.sub_(kl[:, None]).mul_(p))
+        else:
+            q = r.exp()
+            kl = (q * r.sub_(s)).sum(-1)
+            gradients.append(p - q)
+    p.scatter_add_(1, targets[:, None], -torch.ones_like(p[:, :1]))
+    return (nll, kl), gradients

@@ -9,8 +9,9 @@ eighth of the completions for validation.
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,10 +21,12 @@ from torch import Tensor, nn
 from steerheal import divergence
 from steerheal.forward import hidden_states, token_logps
 from steerheal.history import Factors, Student
+from steerheal.models import LM
 from steerheal.settings import HealSettings
 from steerheal.stages import seed_of
 
 PRESSURE_EVERY = 8  # steps between measurements of the two terms' gradient norms
+POOL = 4  # batches that are sorted by length together: padding goes, and batches still differ from epoch to epoch
 
 
 @dataclass
@@ -40,79 +43,166 @@ class Sample:
 
 def heal(student: Student, samples: Sequence[Sample], settings: HealSettings, lam: float, run_seed: int,
          round_index: int) -> tuple[Factors, dict[str, Any]]:
-    """Train one round's adapter on top of the student's history.
+    """Train one round's adapter on top of the student's history. Afterwards the student is what it was, whatever happens.
 
     Args:
         lam: the barrier's weight in this round, lam_r.
 
     Returns:
-        (factors, record): record holds per-step nll, D and gradient norms, validation NLL per epoch, duty cycle.
+        (factors, record): record holds per-step nll, D and gradient norms, validation NLL per epoch, the duty cycle,
+        the micro-batch that fitted, and `warning`: a sentence on a barrier that does nothing or everything, else None.
 
     Raises:
-        FloatingPointError: a loss that is not finite; the message names step and samples.
+        FloatingPointError: a loss or gradient that is not finite; the message names step and samples.
+        torch.OutOfMemoryError: not even a micro-batch of one fits.
     """
+    order = _permutation(len(samples), run_seed, round_index, "split")
+    n_val = max(len(samples) // 8, 1)
     # The float32 adapters multiply in the base's bfloat16: a fifth faster, and the reference sees the same rounding.
     # Without cache_enabled=False autocast would go on using the bfloat16 copies of the first step's weights.
     with torch.autocast(student.lm.device.type, torch.bfloat16, cache_enabled=False,
                         enabled=student.lm.model.dtype == torch.bfloat16):
-        return _train(student, samples, settings, lam, run_seed, round_index)
+        train = sorted(order[n_val:])
+        reference = {}
+        if settings.barrier != "nll":
+            reference = dict(zip(train, _reference_states(student, [samples[i] for i in train], settings.ref)))
+        parameters = student.start_round(student.targets(*settings.band), settings.r, run_seed, round_index)
+        try:
+            record = _train(student, parameters, dict(enumerate(samples)), train, order[:n_val], reference, settings, lam,
+                            (run_seed, round_index))
+        finally:
+            factors = student.finish_round()
+    return factors, record
 
 
-def _train(student: Student, samples: Sequence[Sample], settings: HealSettings, lam: float, run_seed: int,
-           round_index: int) -> tuple[Factors, dict[str, Any]]:
-    order = _permutation(len(samples), run_seed, round_index, "split")
-    n_val = max(len(samples) // 8, 1)
-    val, train = [samples[i] for i in order[:n_val]], [samples[i] for i in order[n_val:]]
-    reference = None if settings.barrier == "nll" else _reference_states(student, train, settings.ref)
-    parameters = student.start_round(student.targets(*settings.band), settings.r, run_seed, round_index)
+def _train(student: Student, parameters: list[nn.Parameter], samples: dict[int, Sample], train: list[int],
+           val: list[int], reference: dict[int, Tensor], settings: HealSettings, lam: float,
+           seed: tuple[int, int]) -> dict[str, Any]:
+    """Optimise `parameters` in place. Samples go by their index in the round."""
     optimiser = torch.optim.AdamW(parameters, lr=settings.lr, betas=(0.9, 0.95), weight_decay=settings.weight_decay)
-    per_epoch = math.ceil(len(train) / settings.batch)
-    steps = per_epoch * settings.epochs
+    steps = math.ceil(len(train) / settings.batch) * settings.epochs
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda s: _cosine(s, steps))
-
-    record: dict[str, Any] = dict(n_train=len(train), n_val=n_val, steps=[], val_nll=[_validation_nll(student, val)])
-    over: list[bool] = []
+    held_out = [samples[i] for i in val]
+    rows: list[dict[str, Any]] = []
+    train_nll: list[float] = []
+    val_nll = [_validation_nll(student, held_out)]
+    best, kept = 0, [p.detach().clone() for p in parameters] if settings.early_stop else []
+    micro_batch = settings.micro_batch
     for epoch in range(settings.epochs):
-        order = _permutation(len(train), run_seed, round_index, f"order {epoch}")
-        for batch in (order[i : i + settings.batch] for i in range(0, len(train), settings.batch)):
-            step = len(record["steps"])
-            row = _step(student, [train[i] for i in batch], None if reference is None else [reference[i] for i in batch],
-                        settings, lam, parameters, measure=step % PRESSURE_EVERY == 0)
-            if not math.isfinite(row["loss"]):
-                student.finish_round()
-                raise FloatingPointError(f"healing: the loss is {row['loss']} at step {step} of {steps}, samples {batch}. "
-                                         f"A smaller heal.lr (now {settings.lr:g}) is the usual way out.")
+        for batch in batches({i: len(samples[i].inputs) for i in train}, settings.batch, *seed, epoch):
+            measure = len(rows) % PRESSURE_EVERY == 0
+            row, micro_batch = _step_that_fits(student, parameters, [samples[i] for i in batch],
+                                               [reference[i] for i in batch] if reference else None, settings, lam,
+                                               measure, micro_batch)
             row["gradient_norm"] = float(nn.utils.clip_grad_norm_(parameters, 1.0))
+            if not math.isfinite(row["loss"] + row["gradient_norm"]):
+                wrong = [i for i, *seen in zip(batch, row["sample_nll"], row["D"] or row["sample_nll"])
+                         if not math.isfinite(sum(seen))]
+                raise FloatingPointError(
+                    f"healing: the loss is {row['loss']} and its gradient {row['gradient_norm']} at step {len(rows)} of "
+                    f"{steps}, sample {', '.join(map(str, wrong or batch))}. A smaller heal.lr (now {settings.lr:g}) is "
+                    f"the usual way out.")
             optimiser.step()
             schedule.step()
             optimiser.zero_grad(set_to_none=True)
-            over += [d > settings.tau for d in row["D"]]
-            record["steps"].append(row)
-        record["val_nll"].append(_validation_nll(student, val))
-    record["duty"] = sum(over) / len(over) if over else 0.0
-    record["train_nll"] = [sum(r["nll"] for r in record["steps"][e * per_epoch : (e + 1) * per_epoch]) / per_epoch
-                           for e in range(settings.epochs)]
-    return student.finish_round(), record
+            rows.append(row | dict(samples=batch))
+        epoch_rows = rows[-math.ceil(len(train) / settings.batch) :]
+        train_nll.append(sum(row["nll"] for row in epoch_rows) / len(epoch_rows))
+        val_nll.append(_validation_nll(student, held_out))
+        if settings.early_stop:
+            if epoch == 0 or val_nll[-1] < val_nll[best]:
+                best, kept = epoch + 1, [p.detach().clone() for p in parameters]
+            elif epoch + 1 - best >= settings.early_stop:
+                break
+    for p, value in zip(parameters, kept):
+        p.data = value
+    over = [d > settings.tau for row in rows for d in row["D"]]
+    duty = sum(over) / len(over) if over else 0.0
+    return dict(n_train=len(train), n_val=len(val), steps=rows, train_nll=train_nll, val_nll=val_nll, duty=duty,
+                micro_batch=micro_batch, warning=_warning(rows, duty, settings, lam) if reference else None)
 
 
-def _step(student: Student, samples: list[Sample], reference: list[Tensor] | None, settings: HealSettings, lam: float,
-          parameters: list[nn.Parameter], measure: bool) -> dict[str, Any]:
+def _warning(rows: list[dict[str, Any]], duty: float, settings: HealSettings, lam: float) -> str | None:
+    """One sentence where the barrier had no say, or all of it."""
+    if duty == 0:
+        top = max(d for row in rows for d in row["D"])
+        return (f"the barrier never fired: no completion came over heal.tau = {settings.tau:g} (the largest "
+                f"{settings.aggregate} of KL was {top:.2g} nats), so this round is plain nll; lower heal.tau.")
+    pressure = [row["pressure"] for row in rows[1:] if "pressure" in row]  # at step 0 the barrier has no gradient yet
+    if pressure and min(pressure) > 1:
+        return (f"the barrier outweighed the data at every measurement (its gradient was {min(pressure):.2g} to "
+                f"{max(pressure):.2g} times as large), so this round learned its reference rather than the trait; raise "
+                f"heal.tau = {settings.tau:g}, or lower heal.lam (now {lam:g}).")
+    return None
+
+
+def batches(lengths: dict[int, int], size: int, run_seed: int, round_index: int, epoch: int) -> list[list[int]]:
+    """An epoch's batches: samples of similar length together, in random order, drawn by seed, round and epoch alone.
+
+    Args:
+        lengths: tokens of each sample, by its index.
+    """
+    items = sorted(lengths)
+    shuffled = [items[i] for i in _permutation(len(items), run_seed, round_index, f"order {epoch}")]
+    pool = POOL * size
+    grouped = [i for k in range(0, len(items), pool) for i in sorted(shuffled[k : k + pool], key=lengths.__getitem__)]
+    out = [grouped[k : k + size] for k in range(0, len(items), size)]
+    return [out[i] for i in _permutation(len(out), run_seed, round_index, f"batches {epoch}")]
+
+
+def _step_that_fits(student: Student, parameters: list[nn.Parameter], samples: list[Sample],
+                    reference: list[Tensor] | None, settings: HealSettings, lam: float, measure: bool,
+                    micro_batch: int) -> tuple[dict[str, Any], int]:
+    """`_step` with the largest of micro_batch, micro_batch / 2, ... 1 that memory holds; and which one that was."""
+    while True:
+        try:
+            with _checkpointing(student.lm) if settings.gradient_checkpointing else contextlib.nullcontext():
+                return _step(student, parameters, samples, reference, settings, lam, measure, micro_batch), micro_batch
+        except torch.OutOfMemoryError:
+            if micro_batch == 1:
+                raise
+        # out here, because inside the except block the traceback keeps the failed attempt's tensors alive
+        micro_batch //= 2
+        for p in parameters:
+            p.grad = None
+        torch.cuda.empty_cache()
+
+
+@contextlib.contextmanager
+def _checkpointing(lm: LM) -> Iterator[None]:
+    """Blocks keep only their inputs. They alone are set to training mode, which nothing inside them sees."""
+    lm.model.gradient_checkpointing_enable({"use_reentrant": False})
+    for block in lm.blocks:
+        block.training = True
+    try:
+        yield
+    finally:
+        for block in lm.blocks:
+            block.training = False
+        lm.model.gradient_checkpointing_disable()
+
+
+def _step(student: Student, parameters: list[nn.Parameter], samples: list[Sample], reference: list[Tensor] | None,
+          settings: HealSettings, lam: float, measure: bool, micro_batch: int) -> dict[str, Any]:
     """Accumulate the gradient of one effective batch in `parameters`; what was seen, as numbers."""
     tokens = sum(len(s.targets) for s in samples)
-    row: dict[str, Any] = dict(nll=0.0, loss=0.0, D=[])
+    row: dict[str, Any] = dict(nll=0.0, loss=0.0, sample_nll=[], D=[])
     terms: list[list[Tensor]] = [[], []]  # gradients of the two terms, summed over micro-batches
-    for i in range(0, len(samples), settings.micro_batch):
-        part = samples[i : i + settings.micro_batch]
-        ref = None if reference is None else torch.cat(reference[i : i + settings.micro_batch])
+    for i in range(0, len(samples), micro_batch):
+        part = samples[i : i + micro_batch]
+        lengths = [len(s.targets) for s in part]
+        ref = None if reference is None else torch.cat(reference[i : i + micro_batch])
         states = _states_with_grad(student, part)
         targets = torch.tensor([t for s in part for t in s.targets], device=states.device)
-        nll, kl = divergence.nll_and_kl(states, targets, student.lm.logits, ref, settings.barrier)
+        nll, kl = divergence.nll_and_kl(states, targets, student.lm.logits, student.lm.embedding.shape[0], ref,
+                                        settings.barrier)
         fit = nll.sum() / tokens
         barrier = fit.new_zeros(())
         if kl is not None:
-            d = torch.stack([divergence.aggregate(k, settings.aggregate) for k in kl.split([len(s.targets) for s in part])])
+            d = torch.stack([divergence.aggregate(k, settings.aggregate) for k in kl.split(lengths)])
             barrier = lam * (d - settings.tau).relu().sum() / len(samples)
             row["D"] += d.tolist()
+        row["sample_nll"] += [n.mean().item() for n in nll.split(lengths)]
         row["nll"] += fit.item()
         row["loss"] += (fit + barrier).item()
         if measure and kl is not None:

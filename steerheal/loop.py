@@ -315,7 +315,7 @@ class HealLoop:
         self.where = f"round {r}, healing on {len(samples)} completions"
         inputs = dict(samples=personas.texts_digest([[s.prompt, s.targets] for s in samples]), round=r,
                       seed=self.settings.seed, barrier=h.barrier, r=h.r, band=list(h.band), lr=h.lr, epochs=h.epochs,
-                      batch=h.batch, weight_decay=h.weight_decay, spectral_lam=h.spectral_lam)
+                      batch=h.batch, weight_decay=h.weight_decay, spectral_lam=h.spectral_lam, early_stop=h.early_stop)
         if h.barrier != "nll":  # without a barrier these are read by nothing
             inputs |= dict(lam=lam, tau=h.tau, aggregate=h.aggregate, ref=list(chain) if h.ref == "prev" else [])
 

@@ -82,7 +82,11 @@ class HealSettings:
     batch: int = number(6, 1, 4096, help="effective batch, in completions")
     weight_decay: float = number(0.0, 0.0)
     spectral_lam: float = number(0.0, 0.0, help="weight of the mean largest singular value of the adapter")
+    early_stop: int = number(0, 0, help="stop after so many epochs without a better validation NLL, and keep the best "
+                                        "epoch's adapter; 0 = train every epoch and keep the last")
     micro_batch: int = number(6, 1, 4096, identity=False, help="completions per forward pass")
+    gradient_checkpointing: bool = free(False, identity=False, help="recompute each block in the backward pass: a third "
+                                                                    "slower, far less memory")
 
 
 @dataclass(frozen=True)

@@ -101,7 +101,7 @@ def test_one_step_against_autograd_by_hand(lm):
     student._activate(["round"])
     for p in parameters:
         p.requires_grad_(True)
-    row = healing._step(student, batch, states, settings, 2.0, parameters, measure=True)
+    row = healing._step(student, parameters, batch, states, settings, 2.0, True, 4)
     got = [p.grad.clone() for p in parameters]
     total, tokens = 0.0, sum(len(s.targets) for s in batch)
     for s, ref in zip(batch, reference):
