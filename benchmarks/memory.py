@@ -25,12 +25,15 @@ from steerheal.settings import Settings, from_flat, preset
 
 
 class Live(TorchDispatchMode):
-    """Counts the bytes of the storages that operators return, from birth to death: `now` and `peak`."""
+    """Counts the bytes of the storages that operators return, from birth to death: `now` and `peak`.
 
-    def __init__(self) -> None:
+    What `model` holds at the start is not counted.
+    """
+
+    def __init__(self, model: torch.nn.Module) -> None:
         super().__init__()
         self.now = self.peak = 0
-        self.known: set[int] = set()
+        self.known = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -53,10 +56,10 @@ class Live(TorchDispatchMode):
 
 
 class Measured:
-    """Bytes above what was there at the start, at the worst moment: `with Measured(device) as m: ...; m.bytes`."""
+    """Bytes above what was there at the start, at the worst moment: `with Measured(lm) as m: ...; m.bytes`."""
 
-    def __init__(self, device: torch.device):
-        self.cuda, self.live, self.bytes = device.type == "cuda", Live(), 0
+    def __init__(self, lm: models.LM):
+        self.cuda, self.live, self.bytes = lm.device.type == "cuda", Live(lm.model), 0
 
     def __enter__(self) -> Measured:
         if self.cuda:
@@ -94,16 +97,16 @@ def compare(lm: models.LM, s: Settings, prompt: int, rows: int, samples: int) ->
     student = Student(lm)
     out = {}
     lm.__dict__["eos_ids"] = frozenset()
-    with Measured(lm.device) as m:
-        generate(lm, [row[:prompt] for row in ids[:rows]], Sampling(new), seeds=range(rows))
+    with Measured(lm) as m:
+        generate(lm, [row[i % 2 : prompt] for i, row in enumerate(ids[:rows])], Sampling(new), seeds=range(rows))
     out["generate"] = memory.generating(shape, rows, prompt, new), m.bytes
-    with Measured(lm.device) as m:
+    with Measured(lm) as m:
         token_logps(lm, [row[:prompt] for row in ids[:1]], [row[prompt:] for row in ids[:1]])
     out["filter"] = max(memory.scoring(shape, new), shape.forward(prompt + new)), m.bytes
     pairs = [healing.Sample(row[:prompt], row[prompt:]) for row in ids[:samples]]
-    with Measured(lm.device) as m:
+    with Measured(lm) as m:
         healing.heal(student, pairs, s.heal, 0.3, 0, 0)
-    out["heal"] = memory.healing(shape, s, samples, prompt, new), m.bytes
+    out["heal"] = memory.healing(shape, s, samples, prompt, new, lm.device.type), m.bytes
     return out
 
 

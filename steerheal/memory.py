@@ -24,7 +24,7 @@ GIB = 2**30
 OVERHEAD = 0.8 * GIB  # CUDA context and library work space; no card here to measure it on
 PROMPT = 128  # tokens of a chat prompt; those of the built-in dilemmas are shorter
 NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)  # bytes per weight: 4 bits, an 8-bit scale per 64, a float32 per 256 scales
-LOSS_COPIES = 9  # float32 [rows, vocabulary] alive at the worst moment of nll and KL, forward and backward
+LOSS_COPIES, LOSS_LEFT = 6, 2  # float32 logits of one chunk alive at the loss's worst moment; of the chunk before it
 OPTIMISER_COPIES = 7  # of the round's parameters: themselves, two moments, and the two terms' gradients with their sums
 
 
@@ -56,7 +56,7 @@ class Shape:
         return self.linear * NF4 + (self.parameters - self.linear) * self.bytes
 
     def adapted(self, lo: float, hi: float) -> int:
-        """Blocks int(lo L) .. int(hi L) - 1, as `LM.band`."""
+        """The number of blocks int(lo L) .. int(hi L) - 1, as `LM.band`."""
         first = min(int(lo * self.layers), self.layers - 1)
         return max(int(hi * self.layers), first + 1) - first
 
@@ -105,7 +105,7 @@ def generating(m: Shape, rows: int, prompt: int, new: int) -> float:
     """Sampling `new` tokens in `rows` rows, beside the weights."""
     length = prompt + new
     repeated = 2.0 * rows * m.queries * length * m.bytes + rows * m.keys * length * m.bytes  # one layer, while it attends
-    logits = rows * m.vocabulary * (4.0 + m.bytes)
+    logits = rows * m.vocabulary * (10.0 if m.bytes == 2 else 8.0)  # this step's in both dtypes, and the last step's
     return max(m.cache(rows, length) + max(repeated, logits), m.cache(rows, prompt) + m.forward(rows * prompt))
 
 
@@ -119,26 +119,31 @@ def scoring(m: Shape, rows: int) -> float:
     return 8.0 * rows * m.vocabulary
 
 
-def saved(m: Shape, tokens: int, band: tuple[float, float]) -> float:
+def saved(m: Shape, s: Settings, tokens: int) -> float:
     """What the blocks keep for the backward pass."""
-    adapted = m.adapted(*band)
-    above = m.layers - min(int(band[0] * m.layers), m.layers - 1)  # gradients flow from the top down to the lowest adapter
+    lo, hi = s.heal.band
+    adapted = m.adapted(lo, hi)
+    above = m.layers - min(int(lo * m.layers), m.layers - 1)  # gradients flow from the top down to the lowest adapter
     if m.bytes == 2:
         block, lora = 4 * m.norm_inputs, 2 * (5 * m.hidden + m.queries + m.intermediate)
     else:
         block, lora = m.bytes * m.norm_inputs, 4 * (2 * m.hidden + m.intermediate)
     block += m.bytes * (4 * m.queries + 3 * m.intermediate)
+    if s.heal.gradient_checkpointing:  # every block its input, and one block at a time all it needs
+        return float(tokens) * (m.layers * m.hidden * m.bytes + block + lora)
     return float(tokens) * (above * block + adapted * lora)
 
 
-def healing(m: Shape, s: Settings, samples: int, prompt: int, new: int) -> float:
+def healing(m: Shape, s: Settings, samples: int, prompt: int, new: int, device: str) -> float:
     """Training one round, beside weights and history."""
-    from steerheal.divergence import LOSS_ROWS
+    from steerheal.divergence import LOSS_LOGITS
 
     micro = min(s.heal.micro_batch, s.heal.batch)
     states = samples * new * m.hidden * m.bytes if s.heal.barrier != "nll" else 0
-    loss = LOSS_COPIES * 4.0 * min(LOSS_ROWS, micro * new) * m.vocabulary
-    return OPTIMISER_COPIES * m.adapter(s) + states + saved(m, micro * (prompt + new), s.heal.band) + loss  # type: ignore[arg-type]
+    first = min(LOSS_LOGITS[device], micro * new * m.vocabulary)
+    second = min(LOSS_LOGITS[device], micro * new * m.vocabulary - first)
+    loss = 4.0 * max(LOSS_COPIES * first, LOSS_LEFT * first + LOSS_COPIES * second) + 8.0 * micro * new * m.hidden
+    return OPTIMISER_COPIES * m.adapter(s) + states + saved(m, s, micro * (prompt + new)) + loss
 
 
 def stages(m: Shape, s: Settings, device: str) -> dict[str, float]:
@@ -155,6 +160,6 @@ def stages(m: Shape, s: Settings, device: str) -> dict[str, float]:
         "weights": m.weights,
         "generate": held + merging(m, s) + generating(m, rows, PROMPT, g.max_new_tokens),
         "filter": held + max(scoring(m, LOGIT_ROWS), pack),
-        "heal": held + healing(m, s, g.n_keep, PROMPT, g.max_new_tokens),
+        "heal": held + healing(m, s, g.n_keep, PROMPT, g.max_new_tokens, device),
         "evaluate": held + max(think, pack, merging(m, s) + generating(m, e.n_fluency, PROMPT, e.fluency_tokens)),
     }
