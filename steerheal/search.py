@@ -122,9 +122,11 @@ def _move_aside(folder: Path) -> None:
 
 
 def _search(plan: Plan, concurrent: int) -> int:
-    from steerheal import weights
+    from steerheal import doctor, weights
 
     _prove_writable(plan.folder)
+    if not plan.resumed:
+        doctor.cheap(plan.settings, plan.trials, plan.folder)
     # fetched and converted before any worker waits for it; a resumed search stays on the commit it began with
     plan.commit = weights.hub_commit(weights.locate(plan.settings.model, plan.commit))
     plan.write()

@@ -117,13 +117,13 @@ def _wheel_model(name: str) -> Path:
     from steerheal.stages import locked  # the same lease that guards stages
 
     target = cache_dir() / name
-    if _converted(target):
+    if converted(target):
         return target
     spec = WHEEL_MODELS[name]
     try:
         cache_dir().mkdir(parents=True, exist_ok=True)
         with locked(cache_dir() / f"{name}.lock"):
-            if not _converted(target):
+            if not converted(target):
                 free = shutil.disk_usage(cache_dir()).free / 1e9
                 if free < spec.disk_gb:
                     raise UserError(f"model {name}: needs {spec.disk_gb:g} GB of free disk at {cache_dir()} to unpack, "
@@ -137,7 +137,7 @@ def _wheel_model(name: str) -> Path:
     return target
 
 
-def _converted(folder: Path) -> bool:
+def converted(folder: Path) -> bool:
     """Whether a conversion finished here and its weights still have the size it wrote down."""
     try:
         manifest = json.loads((folder / "steerheal.json").read_text())

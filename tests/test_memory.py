@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from benchmarks.memory import Live, compare, gemma_4b, random_model
 from conftest import TINY, make_lm, make_tokenizer
 from transformers import Gemma3TextConfig, LlamaConfig
 
+from benchmarks.memory import Live, compare, gemma_4b, random_model
 from steerheal import memory, objectives, weights
 from steerheal.loop import HealLoop
 from steerheal.settings import from_flat, preset
@@ -26,8 +26,11 @@ SHAPE = dict(hidden_size=96, intermediate_size=256, num_hidden_layers=5, num_att
 def test_estimates_agree_with_measurement(config, dtype):
     settings = from_flat({"heal.epochs": 1, "heal.r": 4, "heal.micro_batch": 2, "generate.max_new_tokens": 96})
     found = compare(random_model(config, dtype, "cpu", make_tokenizer()), settings, prompt=24, rows=6, samples=5)
-    for stage, (estimate, measured) in found.items():
-        assert estimate == pytest.approx(measured, rel=0.25), stage
+    for stage in ("filter", "heal"):
+        estimate, measured = found[stage]
+        assert estimate == pytest.approx(measured, rel=0.15), stage
+    estimate, measured = found["generate"]  # some attention kernels repeat the keys for all heads, this one does not
+    assert 0.85 * measured < estimate < 1.4 * measured
 
 
 def test_checkpointing_saves_what_is_estimated():
@@ -38,7 +41,7 @@ def test_checkpointing_saves_what_is_estimated():
         settings = from_flat(flat | {"heal.gradient_checkpointing": on})
         lm = random_model(config, torch.float32, "cpu", make_tokenizer())
         estimate, measured[on] = compare(lm, settings, prompt=24, rows=2, samples=7)["heal"]
-        assert estimate == pytest.approx(measured[on], rel=0.25)
+        assert estimate == pytest.approx(measured[on], rel=0.15)
     assert measured[True] < 0.6 * measured[False]
 
 
