@@ -32,11 +32,8 @@ def answer(hub: Hub, path: str) -> tuple[int, dict[str, str], bytes]:
         return 404, {"X-Error-Code": "RepoNotFound"}, b"{}"
     if hub.access == "bad-token":
         return 401, {"X-Error-Message": "Invalid credentials in Authorization header"}, b"{}"
-    if path == f"{api}/auth-check" or "/resolve/" in path:
-        if hub.access == "gated":
-            return 403, {"X-Error-Code": "GatedRepo"}, b"{}"
-    if path == f"{api}/auth-check":
-        return 200, {}, b"{}"
+    if "/resolve/" in path and hub.access == "gated":
+        return 403, {"X-Error-Code": "GatedRepo"}, b"{}"
     if "/tree/" in path:
         files = [dict(type="file", path=f.name, size=f.stat().st_size, oid=hashlib.sha1(f.read_bytes()).hexdigest())
                  for f in sorted(hub.folder.iterdir())]
