@@ -5,6 +5,7 @@ A whole snapshot in the local cache is used without asking the network, whatever
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from huggingface_hub import get_token, snapshot_download
@@ -16,6 +17,7 @@ from huggingface_hub.errors import (
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
 )
+from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 
 from steerheal.errors import UserError
 
@@ -25,11 +27,21 @@ WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 def cached(name: str, commit: str = "") -> Path | None:
     """The whole snapshot in the local cache, of `commit` or of the newest one fetched; None where there is none."""
     try:
-        return Path(snapshot_download(name, revision=commit or None, allow_patterns=WANTED, local_files_only=True))
+        folder = Path(snapshot_download(name, revision=commit or None, allow_patterns=WANTED, local_files_only=True))
     except LocalEntryNotFoundError:
         return None
     except HFValidationError as error:
         raise _told(name, error) from None
+    return folder if _whole(folder) else None
+
+
+def _whole(folder: Path) -> bool:
+    """Whether weights, config and tokenizer are all there. The client only knows of downloads that it began as a whole:
+    where some program fetched a config alone, it calls the folder complete."""
+    index = folder / "model.safetensors.index.json"
+    shards = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {"model.safetensors"}
+    return (all((folder / name).exists() for name in (*shards, "config.json"))
+            and any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")))
 
 
 def fetch(name: str, commit: str = "") -> Path:
@@ -55,10 +67,13 @@ def bytes_to_fetch(name: str, commit: str = "") -> int:
     """
     if cached(name, commit):
         return 0
+    disable_progress_bars()  # of asking; fetching shows its own
     try:
         files = snapshot_download(name, revision=commit or None, allow_patterns=WANTED, dry_run=True)
     except (HfHubHTTPError, OSError) as error:
         raise _told(name, error) from None
+    finally:
+        enable_progress_bars()
     return sum(f.file_size or 0 for f in files if f.will_download)
 
 

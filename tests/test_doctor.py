@@ -106,6 +106,7 @@ def test_a_gated_model_without_token_ends_at_the_licence(tiny_folder, tmp_path):
         code, text = run("steerheal.doctor", "--no-probe", "--model", fake_hub.NAME, "--out", str(tmp_path / "r"), **env)
         assert code == 0 and "system role of its own" in text and "ends on 256 '<|end|>'" in text
         assert "nothing stands in the way" in text
+        assert not [a for a in hub.asked if a.startswith("GET") and "safetensors" in a]  # only the probe needs weights
 
 
 def test_the_probe_times_every_stage_and_counts_what_a_search_needs(monkeypatch):

@@ -59,6 +59,15 @@ def test_an_interrupted_download_is_not_taken_for_a_model(hub, tmp_path):
     assert (snapshot(tmp_path) / "model.safetensors").exists()
 
 
+def test_a_config_fetched_alone_is_not_taken_for_a_model(hub, tmp_path):
+    alone = "from huggingface_hub import hf_hub_download; hf_hub_download('someone/tiny', 'config.json')"
+    subprocess.run([sys.executable, "-c", alone], check=True, env=os.environ | hub.environment(tmp_path))
+    assert (snapshot(tmp_path) / "config.json").exists()
+    assert call(hub, tmp_path, "cached", NAME) == "= None"
+    assert call(hub, tmp_path, "fetch", NAME) == f"= {snapshot(tmp_path)}"
+    assert (snapshot(tmp_path) / "model.safetensors").exists()
+
+
 def test_a_commit_is_fetched_and_kept_beside_a_newer_one(hub, tmp_path):
     hub.head = COMMITS[1]
     assert call(hub, tmp_path, "fetch", NAME) == f"= {snapshot(tmp_path, COMMITS[1])}"

@@ -47,7 +47,7 @@ def report(args: Args) -> int:
         print(why)
     asked = [*checks(settings, space.trials, args.out), ("extras", machine.extras)]
     failed = _print(findings(asked))
-    if not failed:  # the rest needs the weights
+    if not failed:  # fetches tokenizer and config where they are not here, the probe also the weights
         failed = _print(findings([("tokenizer", lambda: model.template(settings))]))
     if not failed and args.probe:
         failed = _print(findings([("probe", lambda: _probe(settings, space.trials))]))

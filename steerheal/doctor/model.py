@@ -36,14 +36,18 @@ def access(settings: Settings) -> str:
     return f"{settings.model}: " + (f"{size / 1e9:.1f} GB to fetch, and it may be fetched" if size else "on this machine")
 
 
+def _source(name: str) -> str | Path:
+    """Where transformers finds config and tokenizer: of a hub model that is not here yet, these small files are fetched."""
+    at_hub = name not in weights.WHEEL_MODELS and not weights.is_local(name) and not hub.cached(name)
+    return name if at_hub else weights.locate(name)
+
+
 @cache
 def _config(name: str) -> Any:
-    """A model's config; of a hub model that is not here yet, this one small file is fetched."""
     from transformers import AutoConfig
 
-    at_hub = name not in weights.WHEEL_MODELS and not weights.is_local(name) and not hub.cached(name)
     try:
-        return AutoConfig.from_pretrained(name if at_hub else weights.locate(name))
+        return AutoConfig.from_pretrained(_source(name))
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{name}: config.json cannot be read ({type(error).__name__}: {str(error).splitlines()[0]})") from None
 
@@ -93,19 +97,22 @@ def template(settings: Settings) -> str:
     from steerheal import chat, models
     from steerheal.evaluation import foundations
 
-    folder = weights.locate(settings.model)
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    source = _source(settings.model)
+    tokenizer = AutoTokenizer.from_pretrained(source)
     if tokenizer.chat_template is None:
         raise UserError(f"{settings.model} has no chat template: it is a base model. Name an instruct model")
-    source = str(tokenizer.chat_template)
+    written = str(tokenizer.chat_template)
     own = chat.has_system_role(tokenizer)
-    listed = GenerationConfig.from_pretrained(folder).eos_token_id if (folder / "generation_config.json").exists() else None
+    try:
+        listed = GenerationConfig.from_pretrained(source).eos_token_id
+    except OSError:  # a model may come without one
+        listed = None
     ends = {listed} if isinstance(listed, int) else set(listed or ())
     ends |= {tokenizer.eos_token_id} - {None}
     facts = [
         "system role of its own" if own else "no system role: system text heads the first user turn",
         "default system text, always replaced by ours" if own and chat.default_system(tokenizer) else "",
-        f"writes a date, frozen at {chat.FROZEN_DATE}" if "strftime_now" in source or "date_string" in source else "",
+        f"writes a date, frozen at {chat.FROZEN_DATE}" if "strftime_now" in written or "date_string" in written else "",
         f"begins with {tokenizer.bos_token!r}, once" if chat.prompt(tokenizer, "x")[0] == tokenizer.bos_token_id else "no BOS",
         "ends on " + ", ".join(f"{i} {tokenizer.decode([i])!r}" for i in sorted(ends)),
     ]
