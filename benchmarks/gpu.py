@@ -48,7 +48,7 @@ class Bench:
         self.student = Student(self.lm)
         changes: dict[str, Any] = {"heal.epochs": 1, "evaluate.items": "builtin"}
         if small:
-            changes |= {"generate.max_new_tokens": 24, "generate.prompts": 2, "generate.n_keep": 7,
+            changes |= {"generate.max_new_tokens": 24, "generate.prompts": 2, "generate.n_keep": 7, "generate.min_train": 2,
                         "evaluate.n_items": 7, "evaluate.think_tokens": 8}
         self.s: Settings = from_flat(preset(weights.GEMMA) | {"model": weights.GEMMA} | changes)
         g = self.s.generate
