@@ -60,15 +60,21 @@ def cache_dir() -> Path:
     return Path(os.environ.get("STEERHEAL_CACHE") or Path.home() / ".cache" / "steerheal")
 
 
-def cuda_memory_gb() -> float:
-    """Memory of the first CUDA card in GB, 0 without one. Asks nvidia-smi, so that no CUDA context is created."""
+def cards() -> list[tuple[str, float, float]]:
+    """(name, total GiB, free GiB) of each CUDA card. Asks nvidia-smi, so that no CUDA context is created."""
     try:
-        out = subprocess.run(["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"],
+        out = subprocess.run(["nvidia-smi", "--query-gpu=name,memory.total,memory.free", "--format=csv,noheader,nounits"],
                              capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired):
-        return 0.0
-    lines = out.stdout.split()
-    return float(lines[0]) / 1024 if out.returncode == 0 and lines and lines[0].isdigit() else 0.0
+        return []
+    rows = [line.split(", ") for line in out.stdout.splitlines()] if out.returncode == 0 else []
+    return [(row[0], float(row[1]) / 1024, float(row[2]) / 1024) for row in rows if len(row) == 3 and row[1].isdigit()]
+
+
+def cuda_memory_gb() -> float:
+    """Memory of the first CUDA card in GiB, 0 without one."""
+    found = cards()
+    return found[0][1] if found else 0.0
 
 
 def resolve(name: str) -> tuple[str, str]:

@@ -33,8 +33,8 @@ def test_dates_are_frozen():
 
 
 FOLDS = ("{% set head = messages[0]['content'] + '\n\n' if messages[0]['role'] == 'system' else '' %}"
-         "{% for m in messages if m['role'] != 'system' %}<|{{ m['role'] }}|>{{ head if loop.first else '' }}{{ m['content'] }}"
-         "<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}")
+         "{% for m in messages if m['role'] != 'system' %}<|{{ m['role'] }}|>{{ head if loop.first else '' }}"
+         "{{ m['content'] }}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}")
 
 
 def test_a_template_that_folds_has_no_system_role():

@@ -14,7 +14,7 @@ from conftest import TINY, make_lm
 
 from benchmarks.memory import gemma_4b
 from steerheal import doctor, models, weights
-from steerheal.doctor import machine, model, probe
+from steerheal.doctor import model, probe
 from steerheal.errors import UserError
 from steerheal.settings import from_flat, preset
 
@@ -29,7 +29,7 @@ def gemma(monkeypatch):
     monkeypatch.setattr(model.hub, "bytes_to_fetch", lambda name: 8.6e9)
     monkeypatch.setattr(model, "_config", lambda name: gemma_4b())
     monkeypatch.setattr(torch.version, "cuda", "12.6")
-    monkeypatch.setattr(machine, "_cards", lambda: [CARDS[24]])
+    monkeypatch.setattr(weights, "cards", lambda: [CARDS[24]])
     model.bytes_to_write.cache_clear()
     yield monkeypatch
     model.bytes_to_write.cache_clear()
@@ -48,7 +48,7 @@ def test_four_bit_gemma_fits_a_24_gb_card(gemma, tmp_path):
 
 
 def test_a_card_with_8_gb_is_told_what_would_fit(gemma, tmp_path):
-    gemma.setattr(machine, "_cards", lambda: [CARDS[8]])
+    gemma.setattr(weights, "cards", lambda: [CARDS[8]])
     ok, text = said(GEMMA, tmp_path)["fits"]
     assert not ok and "the card has 6.0 to give" in text
     assert "quantise=nf4" in text and "--model smollm2-135m-instruct" in text
@@ -67,8 +67,8 @@ def test_a_full_disk_is_told_before_the_download(gemma, tmp_path):
 def test_a_cpu_build_beside_a_card_and_a_card_in_use(gemma, tmp_path):
     gemma.setattr(torch.version, "cuda", None)
     ok, text = said(GEMMA, tmp_path)["torch"]
-    assert not ok and "CPU build" in text and "pip install" in text
-    gemma.setattr(machine, "_cards", lambda: [("RTX 3090", 24.0, 6.0)])
+    assert not ok and "CPU build" in text and "pytorch.org" in text
+    gemma.setattr(weights, "cards", lambda: [("RTX 3090", 24.0, 6.0)])
     assert "nvidia-smi" in said(GEMMA, tmp_path)["card"][1]
 
 
@@ -79,12 +79,12 @@ def test_the_missing_extra_is_told_before_the_download(gemma, tmp_path):
 
 
 def test_a_search_is_told_everything_at_once(gemma, tmp_path):
-    gemma.setattr(machine, "_cards", lambda: [CARDS[8]])
+    gemma.setattr(weights, "cards", lambda: [CARDS[8]])
     gemma.setattr(torch.version, "cuda", None)
     with pytest.raises(UserError) as error:
         doctor.cheap(GEMMA, 16, tmp_path)
     assert "torch: " in str(error.value) and "fits: " in str(error.value)
-    gemma.setattr(machine, "_cards", lambda: [])
+    gemma.setattr(weights, "cards", lambda: [])
     doctor.cheap(GEMMA, 16, tmp_path)  # on the CPU it is only slow
 
 

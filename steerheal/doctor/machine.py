@@ -6,9 +6,9 @@ import importlib.util
 import os
 import platform
 import shutil
-import subprocess
 from pathlib import Path
 
+from steerheal import weights
 from steerheal.doctor import model
 from steerheal.errors import UserError
 from steerheal.settings import Settings
@@ -24,34 +24,23 @@ def torch_build() -> str:
     import torch
 
     cuda = torch.version.cuda
-    if _cards() and not cuda:
+    if weights.cards() and not cuda:
         raise UserError(f"torch {torch.__version__} is a CPU build, though nvidia-smi shows a card. Install a CUDA build: "
-                        f"pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/cu126")
+                        "the command for your driver is at https://pytorch.org/get-started/locally")
     return f"{torch.__version__}, {f'CUDA {cuda}' if cuda else 'CPU build'}, {torch.get_num_threads()} threads"
-
-
-def _cards() -> list[tuple[str, float, float]]:
-    """(name, total GiB, free GiB) of each CUDA card."""
-    try:
-        out = subprocess.run(["nvidia-smi", "--query-gpu=name,memory.total,memory.free", "--format=csv,noheader,nounits"],
-                             capture_output=True, text=True, timeout=20)
-    except (OSError, subprocess.TimeoutExpired):
-        return []
-    rows = [line.split(", ") for line in out.stdout.splitlines()] if out.returncode == 0 else []
-    return [(row[0], float(row[1]) / 1024, float(row[2]) / 1024) for row in rows if len(row) == 3]
 
 
 def budget() -> float:
     """GiB that a search may use on the first card; 0 without one."""
-    cards = _cards()
-    return min(cards[0][1] - DESKTOP, cards[0][2]) if cards else 0.0
+    found = weights.cards()
+    return min(found[0][1] - DESKTOP, found[0][2]) if found else 0.0
 
 
 def card() -> str:
-    cards = _cards()
-    if not cards:
+    found = weights.cards()
+    if not found:
         return "none: everything runs on the CPU"
-    name, total, free = cards[0]
+    name, total, free = found[0]
     if free < total / 2:
         raise UserError(f"{name}: {free:.1f} of {total:.1f} GiB are free. Something else uses the card: `nvidia-smi` shows "
                         f"which process; end it first")

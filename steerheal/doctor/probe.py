@@ -18,7 +18,7 @@ from steerheal import chat, filtering, healing, models, personas, steering
 from steerheal.dosing import MAX_PROBES
 from steerheal.errors import UserError
 from steerheal.evaluation import conduct, foundations
-from steerheal.generation import Sampling, generate
+from steerheal.generation import Completion, Sampling, generate
 from steerheal.history import Student
 from steerheal.loop import EDGE_BISECTIONS
 from steerheal.settings import Settings
@@ -53,7 +53,7 @@ def stages(settings: Settings) -> Iterator[Timed]:
 
     torch.manual_seed(0)
     full = torch.randint(0, min(len(lm.tokenizer), 10_000), (13, s.generate.max_new_tokens)).tolist()
-    completions = [filtering.Completion(ids, None) for ids in full[:FEW]]
+    completions = [Completion(ids, None) for ids in full[:FEW]]
     yield _timed("filter", lambda: filtering.score(student, persona, prompts[:FEW], completions), rows / FEW)
     heal = dataclasses.replace(s.heal, epochs=1, batch=6)
     samples = [healing.Sample(prompts[i % rows], ids) for i, ids in enumerate(full)]
