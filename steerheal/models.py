@@ -96,7 +96,8 @@ class LM:
         """Ids that are never drawn: image tokens and rows of the head past the tokenizer's length. [n]"""
         vocabulary = self.model.config.get_text_config().vocab_size
         ids = set(range(len(self.tokenizer), vocabulary))
-        ids |= {i for i in map(self.tokenizer.convert_tokens_to_ids, IMAGE_TOKENS) if i != self.tokenizer.unk_token_id}
+        images = map(self.tokenizer.convert_tokens_to_ids, IMAGE_TOKENS)
+        ids |= {i for i in images if isinstance(i, int) and i != self.tokenizer.unk_token_id}
         config = self.model.config
         for name in ("image_token_id", "image_token_index", "boi_token_index", "eoi_token_index", "boi_token_id",
                      "eoi_token_id", "video_token_id", "audio_token_id"):

@@ -39,9 +39,11 @@ def answer(hub: Hub, path: str) -> tuple[int, dict[str, str], bytes]:
                  for f in sorted(hub.folder.iterdir())]
         return 200, {}, json.dumps(files).encode()
     if "/resolve/" in path:
-        commit, name = path.split("/resolve/")[1].split("/")
+        commit, name = path.split("/resolve/")[1].split("/", 1)
+        if not (hub.folder / name).is_file():
+            return 404, {"X-Error-Code": "EntryNotFound"}, b"{}"
         body = (hub.folder / name).read_bytes()
-        return 200, {"X-Repo-Commit": commit, "ETag": f'"{hashlib.sha1(body).hexdigest()}"'}, body
+        return 200, {"X-Repo-Commit": hub.head if commit == "main" else commit, "ETag": f'"{hashlib.sha1(body).hexdigest()}"'}, body
     return 200, {}, json.dumps(dict(id=NAME, sha=hub.head, siblings=[], tags=[], private=False, downloads=0)).encode()
 
 

@@ -11,6 +11,7 @@ import math
 import resource
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 
@@ -46,7 +47,7 @@ def stages(settings: Settings) -> Iterator[Timed]:
                  s.steer.contexts / FEW)
     rows = s.generate.prompts * len(s.generate.doses)
     prompts = [chat.prompt(lm.tokenizer, persona.dilemmas[i % len(persona.dilemmas)]) for i in range(rows)]
-    short, long = (_timed("generate", lambda n=n: generate(lm, prompts, Sampling(n), range(rows)), 1.0) for n in STEPS)
+    short, long = (_timed("generate", partial(generate, lm, prompts, Sampling(n), range(rows)), 1.0) for n in STEPS)
     step = max(long.measured - short.measured, 0.0) / (STEPS[1] - STEPS[0])
     generated = short.measured + step * (s.generate.max_new_tokens - STEPS[0])
     yield Timed("generate", short.measured + long.measured, generated, long.gib)
