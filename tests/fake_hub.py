@@ -43,7 +43,9 @@ def answer(hub: Hub, path: str) -> tuple[int, dict[str, str], bytes]:
         if not (hub.folder / name).is_file():
             return 404, {"X-Error-Code": "EntryNotFound"}, b"{}"
         body = (hub.folder / name).read_bytes()
-        return 200, {"X-Repo-Commit": hub.head if commit == "main" else commit, "ETag": f'"{hashlib.sha1(body).hexdigest()}"'}, body
+        headers = {"X-Repo-Commit": hub.head if commit == "main" else commit,
+                   "ETag": f'"{hashlib.sha1(body).hexdigest()}"'}
+        return 200, headers, body
     return 200, {}, json.dumps(dict(id=NAME, sha=hub.head, siblings=[], tags=[], private=False, downloads=0)).encode()
 
 
