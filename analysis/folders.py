@@ -10,6 +10,7 @@ from typing import Any
 
 import pandas as pd
 
+from steerheal import ledger
 from steerheal.cli import run_main
 from steerheal.errors import UserError
 

@@ -47,13 +47,20 @@ def plain(tokenizer: PreTrainedTokenizerBase, reply: str) -> list[int]:
 
 
 def has_system_role(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the template shows a system message as its own turn (Gemma's refuses or folds it)."""
-    marker = "SYSTEM-PROBE"
+    """Whether the template shows a system message as its own turn (Gemma 2's refuses it, Gemma 3's folds it)."""
+    marker, user = "SYSTEM-PROBE", "USER-PROBE"
     try:
-        shown = _apply(tokenizer, [{"role": "system", "content": marker}, {"role": "user", "content": "USER-PROBE"}])
+        shown = _apply(tokenizer, [{"role": "system", "content": marker}, {"role": "user", "content": user}])
     except Exception:  # jinja's raise_exception arrives as TemplateError, or wrapped, depending on the version
         return False
-    return marker in shown
+    return marker in shown and shown != _apply(tokenizer, [{"role": "user", "content": f"{marker}\n\n{user}"}])
+
+
+def default_system(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the template writes a system text of its own where none is given. Ours is then always given."""
+    own = _apply(tokenizer, [{"role": "user", "content": "USER-PROBE"}])
+    return has_system_role(tokenizer) and len(own) > len(_apply(tokenizer, [{"role": "system", "content": ""},
+                                                                           {"role": "user", "content": "USER-PROBE"}]))
 
 
 def _apply(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> str:

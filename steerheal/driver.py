@@ -124,7 +124,7 @@ def _connect(machine: Machine, scratch: Path) -> None:
     import ray
 
     common: dict[str, Any] = dict(log_to_driver=False, logging_level=logging.ERROR, runtime_env={
-        "env_vars": {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}})
+        "env_vars": {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", "HF_HUB_OFFLINE": "1"}})
     if machine.address is None:
         cores = len(os.sched_getaffinity(0))
         ray.init(address="local", num_cpus=max(cores, machine.concurrent), include_dashboard=False,

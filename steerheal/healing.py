@@ -208,7 +208,8 @@ def _step(student: Student, parameters: list[nn.Parameter], samples: list[Sample
         row["loss"] += (fit + barrier).item()
         if measure and kl is not None:
             for total, term in zip(terms, (fit, barrier)):
-                gradient = torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True)
+                # the second pass frees what was saved; kept, it would stay alive beside the next micro-batch's
+                gradient = torch.autograd.grad(term, parameters, retain_graph=term is fit, allow_unused=True)
                 dense = [torch.zeros_like(p) if g is None else g for g, p in zip(gradient, parameters)]
                 total[:] = dense if not total else [a + b for a, b in zip(total, dense)]
         else:

@@ -21,8 +21,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from steerheal.errors import UserError
 from steerheal.settings import Settings
 from steerheal.stages import atomic_write
-from steerheal.weights import cache_dir, locate
+from steerheal.weights import cache_dir, hub_commit, locate
 
+IMAGE_TOKENS = ("<start_of_image>", "<end_of_image>", "<image_soft_token>")  # Gemma's; text-only configs do not name them
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -95,6 +96,8 @@ class LM:
         """Ids that are never drawn: image tokens and rows of the head past the tokenizer's length. [n]"""
         vocabulary = self.model.config.get_text_config().vocab_size
         ids = set(range(len(self.tokenizer), vocabulary))
+        images = map(self.tokenizer.convert_tokens_to_ids, IMAGE_TOKENS)
+        ids |= {i for i in images if isinstance(i, int) and i != self.tokenizer.unk_token_id}
         config = self.model.config
         for name in ("image_token_id", "image_token_index", "boi_token_index", "eoi_token_index", "boi_token_id",
                      "eoi_token_id", "video_token_id", "audio_token_id"):
@@ -104,13 +107,16 @@ class LM:
         return torch.tensor(sorted(ids), dtype=torch.long, device=self.device)
 
 
-def load(settings: Settings) -> LM:
+def load(settings: Settings, commit: str = "") -> LM:
     """The model a run names, ready on its device, in evaluation mode, with no gradients on base weights.
+
+    Args:
+        commit: of a hub model; the newest one in the cache by default.
 
     Raises:
         UserError: the model cannot be found, fetched or read; the message says which and what to do.
     """
-    path = locate(settings.model)
+    path = locate(settings.model, commit)
     device = settings.device if settings.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("device = cuda: torch sees no CUDA card. Use --set device=cpu, or install a CUDA build of torch.")
@@ -157,8 +163,8 @@ def weights_digest(path: Path) -> str:
 
     The digest of a local folder is cached beside the user's weights, keyed by path, sizes and modification times.
     """
-    if path.parent.name == "snapshots":
-        return f"hub:{path.parent.parent.name}@{path.name}"
+    if commit := hub_commit(path):
+        return f"hub:{path.parent.parent.name}@{commit}"
     files = sorted(f for f in path.iterdir() if f.suffix in (".safetensors", ".json", ".jinja", ".model", ".bin"))
     stamp = hashlib.sha256(repr([(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]).encode()).hexdigest()
     memo = cache_dir() / "digests" / stamp

@@ -39,6 +39,7 @@ class Plan:
     store: Path  # of the stages, shared by all searches in one place
     notes: list[str]  # sentences the user should see
     resumed: bool
+    commit: str = ""  # of a hub model: known once it is fetched, and kept from then on
 
     def identity(self) -> dict[str, Any]:
         """Every field that decides a result, flat."""
@@ -58,7 +59,8 @@ class Plan:
         body = dict(
             name=self.name, space=self.space.name, model=self.settings.model, overrides=self.overrides,
             sampler=self.sampler, halving=self.halving, seed=self.seed, trials=self.trials, identity=self.identity(),
-            settings=to_flat(self.settings), created=old.get("created", time.strftime("%Y-%m-%d %H:%M:%S")),
+            settings=to_flat(self.settings), commit=self.commit,
+            created=old.get("created", time.strftime("%Y-%m-%d %H:%M:%S")),
             **environment())
         atomic_write(path, json.dumps(body, indent=2).encode())
 
@@ -109,7 +111,7 @@ def make(space_name: str, *, name: str | None, out: Path, model: str | None, ove
                 sampler or (stored or {}).get("sampler", space.sampler), halving or (stored or {}).get("halving", False),
                 seed if seed is not None else (stored or {}).get("seed", 0),
                 trials or max((stored or {}).get("trials", 0), space.trials), out.absolute() / ".stages",
-                [note] if note else [], stored is not None)
+                [note] if note else [], stored is not None, (stored or {}).get("commit", ""))
     if plan.sampler == "grid" and plan.trials > (points := len(space.points())):
         raise UserError(f"--trials {plan.trials}: the grid of {space.name} has {points} points. --sampler "
                         f"random draws as many as you like.")

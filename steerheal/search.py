@@ -149,10 +149,13 @@ def _move_aside(folder: Path) -> None:
 
 
 def _search(plan: Plan, args: Args) -> int:
-    from steerheal import weights
+    from steerheal import doctor, weights
 
     _prove_writable(plan.folder)
-    weights.locate(plan.settings.model)  # fetched and converted before any worker waits for it
+    if not plan.resumed:
+        doctor.cheap(plan.settings, plan.trials, plan.folder)
+    # fetched and converted before any worker waits for it; a resumed search stays on the commit it began with
+    plan.commit = weights.hub_commit(weights.locate(plan.settings.model, plan.commit))
     plan.write()
     from steerheal import driver, ledger, searcher
 

@@ -60,15 +60,21 @@ def cache_dir() -> Path:
     return Path(os.environ.get("STEERHEAL_CACHE") or Path.home() / ".cache" / "steerheal")
 
 
-def cuda_memory_gb() -> float:
-    """Memory of the first CUDA card in GB, 0 without one. Asks nvidia-smi, so that no CUDA context is created."""
+def cards() -> list[tuple[str, float, float]]:
+    """(name, total GiB, free GiB) of each CUDA card. Asks nvidia-smi, so that no CUDA context is created."""
     try:
-        out = subprocess.run(["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"],
+        out = subprocess.run(["nvidia-smi", "--query-gpu=name,memory.total,memory.free", "--format=csv,noheader,nounits"],
                              capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired):
-        return 0.0
-    lines = out.stdout.split()
-    return float(lines[0]) / 1024 if out.returncode == 0 and lines and lines[0].isdigit() else 0.0
+        return []
+    rows = [line.split(", ") for line in out.stdout.splitlines()] if out.returncode == 0 else []
+    return [(row[0], float(row[1]) / 1024, float(row[2]) / 1024) for row in rows if len(row) == 3 and row[1].isdigit()]
+
+
+def cuda_memory_gb() -> float:
+    """Memory of the first CUDA card in GiB, 0 without one."""
+    found = cards()
+    return found[0][1] if found else 0.0
 
 
 def resolve(name: str) -> tuple[str, str]:
@@ -82,19 +88,32 @@ def resolve(name: str) -> tuple[str, str]:
                     f"--model names one.")
 
 
-def locate(name: str) -> Path:
+def locate(name: str, commit: str = "") -> Path:
     """The folder with `name`'s config, tokenizer and safetensors.
+
+    Args:
+        commit: of a hub model; the newest one in the cache by default.
 
     Raises:
         UserError: unknown name, no network, no access, too little disk, or a corrupt download; each with the way out.
     """
     if name in WHEEL_MODELS:
         return _wheel_model(name)
-    if os.path.sep in name and Path(name).expanduser().is_dir():
+    if is_local(name):
         return Path(name).expanduser().resolve()
-    if Path(name).is_dir():
-        return Path(name).resolve()
-    return _hub_model(name)
+    from steerheal import hub
+
+    return hub.fetch(name, commit)
+
+
+def is_local(name: str) -> bool:
+    """Whether a name means a folder on this machine."""
+    return Path(name).expanduser().is_dir()
+
+
+def hub_commit(folder: Path) -> str:
+    """The commit of a hub snapshot's folder; empty for any other folder."""
+    return folder.name if folder.parent.name == "snapshots" else ""
 
 
 # ---------------------------------------------------------------- models in wheels
@@ -104,13 +123,13 @@ def _wheel_model(name: str) -> Path:
     from steerheal.stages import locked  # the same lease that guards stages
 
     target = cache_dir() / name
-    if _converted(target):
+    if converted(target):
         return target
     spec = WHEEL_MODELS[name]
     try:
         cache_dir().mkdir(parents=True, exist_ok=True)
         with locked(cache_dir() / f"{name}.lock"):
-            if not _converted(target):
+            if not converted(target):
                 free = shutil.disk_usage(cache_dir()).free / 1e9
                 if free < spec.disk_gb:
                     raise UserError(f"model {name}: needs {spec.disk_gb:g} GB of free disk at {cache_dir()} to unpack, "
@@ -124,7 +143,7 @@ def _wheel_model(name: str) -> Path:
     return target
 
 
-def _converted(folder: Path) -> bool:
+def converted(folder: Path) -> bool:
     """Whether a conversion finished here and its weights still have the size it wrote down."""
     try:
         manifest = json.loads((folder / "steerheal.json").read_text())
@@ -198,38 +217,3 @@ def _dequantise(gguf: Path, target: Path) -> None:
         del model.config.quantization_config
     model.save_pretrained(target, max_shard_size="100GB")
     AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(target)
-
-
-# ---------------------------------------------------------------- models on the hub
-
-
-def _hub_model(name: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-    )
-
-    wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-    known = f"built-in: {', '.join(WHEEL_MODELS)}; or a Hugging Face id such as {GEMMA}; or a local folder"
-    try:
-        try:
-            return Path(snapshot_download(name, allow_patterns=wanted, local_files_only=True))
-        except LocalEntryNotFoundError:
-            return Path(snapshot_download(name, allow_patterns=wanted))
-    except HFValidationError:
-        raise UserError(f"model = {name!r}: neither a model id nor an existing folder. Allowed: {known}.") from None
-    except GatedRepoError:
-        raise UserError(f"model = {name!r} is gated: accept its licence at https://huggingface.co/{name}, then run "
-                        f"`hf auth login` with a token that may read it, and start again.") from None
-    except RepositoryNotFoundError:
-        raise UserError(f"model = {name!r}: the hub knows no such model (or your token may not see it). "
-                        f"Allowed: {known}.") from None
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        if isinstance(error, OSError) and error.errno == 28:
-            raise UserError(f"model = {name!r}: the disk is full. Free some space or set HF_HOME.") from None
-        raise UserError(f"model = {name!r}: not in the local cache, and the hub cannot be reached "
-                        f"({type(error).__name__}). Connect and start again, or use what is here: {known}.") from None

@@ -30,3 +30,20 @@ def test_bos_is_written_once():
 def test_dates_are_frozen():
     dated = make_tokenizer("{{ strftime_now('%Y-%m-%d') }}{{ date_string }}" + TEMPLATE)
     assert chat.text(dated, "", [("user", "x")]).startswith("01 Jan 202501 Jan 2025")
+
+
+FOLDS = ("{% set head = messages[0]['content'] + '\n\n' if messages[0]['role'] == 'system' else '' %}"
+         "{% for m in messages if m['role'] != 'system' %}<|{{ m['role'] }}|>{{ head if loop.first else '' }}"
+         "{{ m['content'] }}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}")
+
+
+def test_a_template_that_folds_has_no_system_role():
+    t = make_tokenizer(FOLDS)
+    assert not chat.has_system_role(t) and not chat.default_system(t)
+    assert chat.text(t, "Be kind.", [("user", "hi")]) == "<|user|>Be kind.\n\nhi<|end|><|assistant|>"
+
+
+def test_a_default_system_text_is_seen_and_replaced():
+    t = make_tokenizer("{% if messages[0]['role'] != 'system' %}<|system|>I am a robot.<|end|>{% endif %}" + TEMPLATE)
+    assert chat.default_system(t) and not chat.default_system(make_tokenizer())
+    assert "robot" not in chat.text(t, "Be kind.", [("user", "hi")])

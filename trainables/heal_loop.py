@@ -24,7 +24,8 @@ from steerheal.stages import Event, Store, atomic_write, disk_error
 
 
 class HealTrial(tune.Trainable):
-    """config: flat (settings by dotted name), index, params, folder (of the search), store (of the stages)."""
+    """config: flat (settings by dotted name), index, params, folder (of the search), store (of the stages),
+    commit (of a hub model)."""
 
     def setup(self, config: dict[str, Any]) -> None:
         self.lm: Any = None
@@ -53,7 +54,7 @@ class HealTrial(tune.Trainable):
         wanted = (settings.model, settings.dtype, settings.quantise, settings.attention, settings.device)
         if self.lm_settings != wanted:
             self._note("loading the model", "start")
-            self.lm, self.lm_settings = models.load(settings), wanted
+            self.lm, self.lm_settings = models.load(settings, self.trial_config["commit"]), wanted
         self.loop = HealLoop(settings, self.lm, Store(self.trial_config["store"], self._on_event))
         self.rounds = self.loop.rounds()
 

@@ -1,0 +1,132 @@
+"""Real searches on a hub model, with everything a night may bring: no network, a newer commit, a clock that jumps."""
+
+import contextlib
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import fake_hub
+import psutil
+import pytest
+from fake_hub import COMMITS, NAME
+from test_search import command, run, start, wait_for
+
+from steerheal.errors import UserError
+from steerheal.stages import Result, Store
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def night(tiny_folder, tmp_path_factory):
+    """A search of one trial on a hub model, its first start online: (out folder, environment, the hub)."""
+    home, out = tmp_path_factory.mktemp("home"), tmp_path_factory.mktemp("out")
+    with fake_hub.serve(tiny_folder) as hub, pytest.MonkeyPatch.context() as patch:
+        for key, value in hub.environment(home).items():
+            patch.setenv(key, value)
+        text, code = run(NAME, out, trials=1)
+        assert code == 0, text
+        yield out, hub
+
+
+@pytest.mark.search
+def test_a_resumed_search_stays_on_its_commit_and_needs_no_network(night, monkeypatch):
+    out, hub = night
+    assert json.loads((out / "quickstart" / "search.json").read_text())["commit"] == COMMITS[0]
+    hub.head = COMMITS[1]
+    pull = "from huggingface_hub import snapshot_download; print(snapshot_download('someone/tiny'))"
+    newer = subprocess.run([sys.executable, "-c", pull], capture_output=True, text=True, check=True).stdout
+    assert COMMITS[1] in newer  # some other program moved the cache's `main`
+    hub.asked.clear()
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    text, code = run(NAME, out, trials=2)
+    assert code == 0, text
+    assert hub.asked == []
+    heads = [path.read_bytes() for path in (out / ".stages").glob("*/*") if not path.suffix]
+    assert heads and all(COMMITS[0].encode() in data and COMMITS[1].encode() not in data for data in heads)
+
+
+@pytest.mark.search
+def test_workers_start_with_allocator_settings_and_offline(night):
+    out, _ = night
+    process = start(NAME, out, trials=4)
+    try:
+        wait_for(out, lambda seen: os.path.exists(f"/proc/{_last_worker(out)}"), process)
+        environ = Path(f"/proc/{_last_worker(out)}/environ").read_bytes().decode().split("\0")
+        assert "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True" in environ and "HF_HUB_OFFLINE=1" in environ
+    finally:
+        process.communicate(timeout=300)
+    assert process.returncode == 0
+
+
+def _last_worker(out):
+    files = sorted((out / "quickstart" / "events").glob("*.jsonl"), key=lambda f: f.stat().st_mtime)
+    return files[-1].stem.split("-")[-1]
+
+
+@pytest.mark.search
+def test_a_search_that_slept_goes_on(night):
+    """Every process stopped for longer than Ray's heartbeat, as a closed lid does it."""
+    out, _ = night
+    process = start(NAME, out, "--seed", "1", "--name", "slept", trials=2)
+    wait_for(out, lambda seen: list((out / "slept" / "events").glob("*.jsonl")), process)
+    family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+    for signal_ in (signal.SIGSTOP, signal.SIGCONT):
+        for member in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                member.send_signal(signal_)
+        time.sleep(15)
+    text, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, text
+
+
+def test_durations_do_not_follow_a_clock_that_jumps(tmp_path, monkeypatch):
+    store = Store(tmp_path)
+    seen = []
+    store.on_event = seen.append
+
+    def compute():
+        monkeypatch.setattr(time, "time", lambda: 0.0)  # someone set the clock back to 1970
+        return Result({"x": 1})
+
+    found = store.stage("vector", {"a": 1}, compute)
+    assert 0 <= seen[-1].seconds < 60 and 0 <= store.head(found.digest)["seconds"] < 60
+
+
+def test_a_disk_that_fills_up_costs_one_stage(tmp_path, monkeypatch):
+    store = Store(tmp_path)
+    store.stage("vector", {"a": 1}, lambda: Result({"x": 1}))
+    with monkeypatch.context() as full:
+        def no_space(fd):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        full.setattr(os, "fsync", no_space)
+        with pytest.raises(UserError, match="the disk is full"):
+            store.stage("vector", {"a": 2}, lambda: Result({"x": 2}))
+    assert not list(tmp_path.rglob("*.tmp"))
+    computed = []
+    for a in (1, 2):
+        store.stage("vector", {"a": a}, lambda a=a: computed.append(a) or Result({"x": a}))
+    assert computed == [2]
+
+
+DRIVER_WITHOUT_CUDA = """
+import runpy, sys, torch
+def refuse(*args, **kw): raise AssertionError("the driver touched CUDA")
+torch.cuda._lazy_init = torch.cuda.is_available = torch.cuda.device_count = refuse
+sys.argv = sys.argv[1:]
+runpy.run_module("steerheal.search", run_name="__main__")
+"""
+
+
+@pytest.mark.search
+def test_the_driver_never_touches_cuda(night):
+    out, _ = night
+    done = subprocess.run([sys.executable, "-c", DRIVER_WITHOUT_CUDA, *command(NAME, out, trials=5)[2:]], cwd=ROOT,
+                          capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
