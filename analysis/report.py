@@ -104,8 +104,10 @@ def draw(folder: Path, names: Sequence[str]) -> list[Figure]:
         try:
             module = importlib.import_module(f"analysis.{name}")
             module.draw_folder(folder)
-            caption = (inspect.getdoc(module) or "").partition(": ")[2]
+            caption = (inspect.getdoc(module) or "").partition("\n\n")[0].partition(": ")[2]
             out.append(Figure(name, caption[:1].upper() + caption[1:], page.embedded(folder / f"{name}.svg")))
+        except UserError as error:  # nothing to draw yet
+            log.info("the report goes without %s: %s", name, error)
         except Exception as error:
             log.warning("the report goes without %s: %s: %s", name, type(error).__name__, error)
     return out
