@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from steerheal.errors import UserError
+from steerheal.settings import leaves
 
 
 def run_main(action: Callable[[], int]) -> None:
@@ -43,3 +44,16 @@ def merged_flags(argv: Sequence[str], flag: str) -> list[str]:
             collecting = False
             rest.append(word)
     return [*rest, flag, *values] if values else rest
+
+
+def setting_flags(argv: Sequence[str], own: Sequence[str]) -> list[str]:
+    """`--heal.tau 0.1` as `--set heal.tau=0.1`, for every setting but those that are flags of the command's `own`."""
+    out: list[str] = []
+    words = iter(argv)
+    for word in words:
+        name, equals, value = word.removeprefix("--").partition("=")
+        if word.startswith("--") and name in leaves() and name not in own:
+            out += ["--set", f"{name}={value if equals else next(words, '')}"]
+        else:
+            out.append(word)
+    return out

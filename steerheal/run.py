@@ -8,14 +8,14 @@ from pathlib import Path
 
 import tyro
 
-from steerheal.cli import merged_flags, run_main
+from steerheal.cli import merged_flags, run_main, setting_flags
 from steerheal.settings import from_flat, parse_assignments, preset
 from steerheal.weights import resolve
 
 
 @dataclasses.dataclass
 class Args:
-    """Run one steer-heal loop and print each round."""
+    """Run one steer-heal loop and print each round. Every setting is a flag: --heal.tau 0.1 is --set heal.tau=0.1."""
 
     model: str = "auto"
     """hub id, local folder or built-in name"""
@@ -31,7 +31,8 @@ class Args:
 
 
 def main() -> None:
-    args = tyro.cli(Args, args=merged_flags(sys.argv[1:], "--set"), prog="python -m steerheal.run")
+    given = setting_flags(sys.argv[1:], own=("model",))
+    args = tyro.cli(Args, args=merged_flags(given, "--set"), prog="python -m steerheal.run")
     run_main(lambda: run(args))
 
 

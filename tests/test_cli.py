@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from steerheal import plan, spaces
-from steerheal.cli import merged_flags
+from steerheal.cli import merged_flags, setting_flags
 from steerheal.errors import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -85,6 +85,14 @@ def test_repeated_set_flags_add_up():
     assert merged_flags(["a", "--set", "x=1", "y=2", "--name", "n", "--set", "z=3", "--set=w=4"], "--set") == [
         "a", "--name", "n", "--set", "x=1", "y=2", "z=3", "w=4"]
     assert merged_flags(["a"], "--set") == ["a"]
+
+
+def test_every_setting_is_a_flag_of_run():
+    given = ["--heal.tau", "0.1", "--model", "m", "--rounds=2", "--set", "seed=1", "--heal.tua", "3"]
+    assert setting_flags(given, own=("model",)) == [
+        "--set", "heal.tau=0.1", "--model", "m", "--set", "rounds=2", "--set", "seed=1", "--heal.tua", "3"]
+    code, text = run("--heal.tau", "-1", "--rounds", "x", module="steerheal.run")
+    assert code == 2 and "heal.tau = -1" in text and "rounds = 'x'" in text and "Traceback" not in text
 
 
 def make(tmp_path, **kw):

