@@ -127,14 +127,15 @@ def _connect(machine: Machine, scratch: Path) -> None:
         "env_vars": {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", "HF_HUB_OFFLINE": "1"}})
     if machine.address is None:
         cores = len(os.sched_getaffinity(0))
-        ray.init(address="local", num_cpus=max(cores, machine.concurrent), include_dashboard=False,
-                 object_store_memory=10**8, _temp_dir=str(scratch), **common)
-        return
+        where, help_ = "Ray did not start", "The machine may be overloaded: give the same command again."
+        common |= dict(num_cpus=max(cores, machine.concurrent), include_dashboard=False, object_store_memory=10**8,
+                       _temp_dir=str(scratch))
+    else:
+        where, help_ = f"--address {machine.address}", "docs/cluster.md says how to start a cluster."
     try:
-        ray.init(address=machine.address, **common)
-    except (ConnectionError, ray.exceptions.RayError) as error:
-        first = (str(error).splitlines() or [""])[0]
-        raise UserError(f"--address {machine.address}: {first} docs/cluster.md says how to start a cluster.") from None
+        ray.init(address=machine.address or "local", **common)
+    except Exception as error:  # a timeout of Ray's own start is a bare Exception
+        raise UserError(f"{where}: {(str(error).splitlines() or [''])[0]} {help_}") from None
 
 
 def _resources(machine: Machine) -> dict[str, float]:

@@ -33,9 +33,9 @@ def table(folder: Path) -> pd.DataFrame:
 def text(folder: Path) -> str:
     """The table in words, with totals and the time outside stages."""
     rows = table(folder)
-    total = rows.sum(numeric_only=True)
+    total = {column: float(rows[column].sum()) for column in rows.columns[1:]}
     lines = [f"{'stage':12} {'computed':>8} {'shared':>8} {'replayed':>8} {'spent':>10} {'saved':>10}"]
-    for row in [*rows.to_dict("records"), dict(total) | {"stage": "all"}]:
+    for row in [*rows.to_dict("records"), total | {"stage": "all"}]:
         lines.append(f"{row['stage']:12} {row['computed']:8.0f} {row['shared']:8.0f} {row['replayed']:8.0f} "
                      f"{row['seconds']:8.0f} s {row['saved']:8.0f} s")
     alone = total["seconds"] + total["saved"]

@@ -65,3 +65,19 @@ def test_rays_files_are_local_here_and_shared_on_a_cluster(tmp_path):
     assert made.folder not in here.parents and len(str(here)) < 60  # sockets allow 107 bytes
     here.rmdir()
     assert driver._scratch(made, Machine(address="auto")).parent == made.folder  # where every node can write
+
+
+@pytest.mark.parametrize("machine,words", [
+    (Machine(), ["Ray did not start: timed out", "the same command again"]),
+    (Machine(address="1.2.3.4:6379"), ["--address 1.2.3.4:6379: timed out", "cluster.md"]),
+])
+def test_a_ray_that_does_not_start_is_a_sentence(machine, words, monkeypatch, tmp_path):
+    import ray
+
+    def fail(**kw):
+        raise Exception("timed out\nand more")
+
+    monkeypatch.setattr(ray, "init", fail)
+    with pytest.raises(UserError) as caught:
+        driver._connect(machine, tmp_path)
+    assert all(word in str(caught.value) for word in words)
