@@ -149,6 +149,12 @@ def wrap(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str, 
     """An LM around a model that is already in memory (tests, notebooks)."""
     model.eval()
     model.requires_grad_(False)
+    if quantised:
+        # On CPUs with AVX512-BF16, bitsandbytes repacks 4-bit weights at the first pass without gradients, for a kernel
+        # that has no backward: later gradients would lose every quantised layer, with no more than a warning.
+        for module in model.modules():
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = False
     return LM(name, digest, model, tokenizer, quantised)
 
 
