@@ -1,135 +1,227 @@
 """python -m analysis.pareto results/SEARCH: every round of every trial, the front, and what it must beat.
 
-Right is more trait, up is more coherence. Grey points are not deliverable. Hollow marks are the baselines: the model as
-loaded, the persona as a system prompt, and raw steering at a ladder of doses.
+Right is more trait, up is more coherence. Grey points are not deliverable; triangles at the edge lie outside. Hollow marks
+are the baselines: the model as loaded, the persona as a system prompt, and raw steering at a ladder of doses. Several
+folders are drawn on one axis where they measure the same thing on the same model.
 """
 
 from __future__ import annotations
 
-import sys
+import difflib
 from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
+from matplotlib.colors import LogNorm, Normalize
 
 from analysis import style
-from steerheal.cli import run_main
+from analysis.folders import Search, command, count, read
 from steerheal.errors import UserError
 from steerheal.ledger import hypervolume
 from steerheal.objectives import COHERENCE_FLOOR
 
+LOWEST = 0.70  # rounds with less coherence kept are marked at the edge: how badly they are broken tells nothing
+MARKERS = ("o", "P", "X", "v", "p", "h")
+
 
 @dataclass
 class Data:
-    """What the picture shows. points: one row per round; baselines: label, trait_gain with interval, coherence_kept."""
+    """What the picture shows.
 
-    name: str
+    points: one row per round, with `search`, and the interval of coherence_kept as kept_low, kept_high. baselines: label,
+    edge_doses, trait_gain, coherence_kept. hypervolume: by search. color: a column of points, or none.
+    """
+
     trait: str
     points: pd.DataFrame
     baselines: pd.DataFrame
-    hypervolume: float
+    hypervolume: dict[str, float]
+    color: str | None = None
 
 
-def data(folder: Path) -> Data:
-    """Read a search's ledger.
+def data(*folders: Path, color: str | None = None) -> Data:
+    """Read the ledgers of one search or several.
 
     Raises:
-        UserError: the folder holds no ledger, or no finished round.
+        UserError: a folder holds no finished round; the searches differ in model or readout; no such column.
     """
-    try:
-        table = pd.read_parquet(folder / "ledger.parquet")
-        text = (folder / "baselines.csv").read_text()
-    except FileNotFoundError:
-        raise UserError(f"{folder} holds no ledger; name a folder that `python -m steerheal.search` wrote.") from None
-    points = table.dropna(subset=["round"])
-    if points.empty:
-        raise UserError(f"{folder}: no round is finished yet.")
-    baselines = pd.read_csv(folder / "baselines.csv") if text.strip() else pd.DataFrame()
-    return Data(folder.name, points["trait"].iloc[0], points, baselines, hypervolume(table))
+    if not folders:
+        raise UserError("name at least one search's folder, such as results/quickstart.")
+    searches = [read(folder) for folder in folders]
+    _refuse_unlike(searches)
+    names = [s.name for s in searches]
+    if len(set(names)) < len(names):
+        names = [str(folder) for folder in folders]
+    points = pd.concat([_points(s, name) for s, name in zip(searches, names)], ignore_index=True)
+    if color is not None:
+        _check_color(color, points, searches)
+    baselines = pd.concat([s.baselines for s in searches]).drop_duplicates(["label", "edge_doses"])
+    return Data(searches[0].trait, points, baselines, {n: hypervolume(s.rounds) for n, s in zip(names, searches)}, color)
+
+
+def _points(search: Search, name: str) -> pd.DataFrame:
+    """The rounds with what the picture needs; long texts stay in the ledger."""
+    rows = search.rounds
+    wide = [c for c in rows if rows[c].map(lambda v: isinstance(v, str) and len(v) > 200).any()]
+    base = search.base["coherence"]
+    return rows.drop(columns=wide).assign(search=name, kept_low=(rows["coherence_low"] / base).clip(upper=1),
+                                          kept_high=(rows["coherence_high"] / base).clip(upper=1))
+
+
+def _refuse_unlike(searches: list[Search]) -> None:
+    """One axis needs one model and one way to measure it."""
+    def measured(search: Search) -> dict[str, object]:
+        same = {k: v for k, v in search.settings.items()
+                if k.startswith("evaluate.") and k not in ("evaluate.ladder", "evaluate.trait")}
+        asked = search.settings.get("evaluate.trait", "auto")
+        same["evaluate.trait"] = asked if asked[0] in "+-" else "of the persona"  # a sign asked for turns the axis round
+        same |= {k: search.settings.get(k) for k in ("model", "dtype", "quantise", "attention", "persona")}
+        return same | {"trait readout": search.trait}
+
+    if len(searches) == 1:
+        return
+    first = measured(searches[0])
+    lines = [f"  - {k}: {first.get(k)!r} in {searches[0].folder}, {other.get(k)!r} in {s.folder}"
+             for s, other in ((s, measured(s)) for s in searches[1:])
+             for k in sorted(first.keys() | other.keys()) if first.get(k) != other.get(k)]
+    if lines:
+        raise UserError("these searches cannot share one axis, because their nats are not of one kind:\n"
+                        + "\n".join(lines) + "\nDraw each alone, or run one again with the other's settings.")
+
+
+def _check_color(color: str, points: pd.DataFrame, searches: list[Search]) -> None:
+    if len(searches) > 1:
+        raise UserError("--color colours the rounds of one search; with several, colour tells them apart.")
+    if color not in points:
+        near = difflib.get_close_matches(color, points.columns, n=1)
+        raise UserError(f"--color {color}: the ledger has no such column" + (f"; did you mean {near[0]}?" if near else ".")
+                        + f" Searched: {', '.join(searches[0].params) or 'nothing'}; other columns of ledger.csv work too.")
+    if points[color].isna().all():
+        raise UserError(f"--color {color}: the ledger holds no value of it.")
 
 
 def draw(d: Data) -> plt.Figure:
-    """The picture of a search."""
-    figure, axes = plt.subplots(figsize=(8, 5.6))
-    p, front = d.points, d.points[d.points["front"]].sort_values("trait_gain")
+    """The picture of one search or several."""
+    figure, axes = plt.subplots(figsize=(style.WIDTH, 5.2), layout="constrained")
+    set_window(axes, d.points, d.baselines)
     axes.axhline(COHERENCE_FLOOR, color=style.GREY, linewidth=1, linestyle="--")
-    for rows, colour, zorder in ((p[~p["deliverable"]], style.GREY, 2), (p[p["deliverable"] & ~p["front"]], style.BLUE, 3),
-                                 (front, style.ORANGE, 4)):
-        axes.errorbar(rows["trait_gain"], rows["coherence_kept"],
-                      xerr=[rows["trait_gain"] - rows["trait_gain_low"], rows["trait_gain_high"] - rows["trait_gain"]],
-                      fmt="o", markersize=6, color=colour, ecolor=colour, elinewidth=0.8, alpha=0.9, zorder=zorder)
-    axes.plot(front["trait_gain"], front["coherence_kept"], color=style.ORANGE, linewidth=1.5, zorder=3)
-    _draw_baselines(axes, d.baselines)
-    labels = [(row["trait_gain"], row["coherence_kept"], f"{row['trial']}.{row['round']}", style.ORANGE)
-              for _, row in front.iterrows()]
-    labels += [(row["trait_gain"], row["coherence_kept"], _baseline_label(row), style.BLACK)
-               for _, row in d.baselines.iterrows()]
-    low = min(p["coherence_kept"].min(), d.baselines["coherence_kept"].min() if len(d.baselines) else 1)
-    axes.set_ylim(max(low - 0.04, -0.02), 1.02)
-    axes.text(axes.get_xlim()[0], COHERENCE_FLOOR, " deliverable above", color="#777777", fontsize=9, va="bottom")
-    place_labels(axes, labels)
+    grey = d.points[~d.points["deliverable"]]
+    outside = style.scatter(axes, grey["trait_gain"], grey["coherence_kept"], color=style.GREY, s=26, zorder=2)
+    looks = {s: (style.BLUE, style.ORANGE) for s in d.hypervolume} if len(d.hypervolume) == 1 else \
+        {s: (c, c) for s, c in zip(d.hypervolume, style.PALETTE)}
+    for (search, colours), marker in zip(looks.items(), MARKERS):
+        _draw_search(axes, d, d.points[d.points["search"] == search], colours, marker)
+    for label, marker in (("base", "s"), ("prompted", "D"), ("steered", "^")):
+        rows = d.baselines[d.baselines["label"] == label]
+        axes.plot(rows["trait_gain"], rows["coherence_kept"], marker=marker, markersize=7, markerfacecolor="white",
+                  markeredgecolor=style.BLACK, color=style.BLACK, linewidth=0.8, linestyle=":", zorder=5)
     axes.set_xlabel(f"trait gain: {d.trait.removesuffix('_nats')} readout, nats from base   (better →)")
     axes.set_ylabel("coherence kept, share of base   (better ↑)")
-    axes.set_title(f"{d.name}: {len(p)} rounds of {p['trial'].nunique()} trials, {len(front)} on the front")
-    axes.text(0.99, 0.02, f"hypervolume {d.hypervolume:.4f}\n95% intervals over items only", transform=axes.transAxes,
-              ha="right", va="bottom", fontsize=9, color="#555555")
+    front = d.points[d.points["front"]]
+    trials = len(d.points.drop_duplicates(["search", "trial"]))
+    axes.set_title(f"{' and '.join(looks)}: {count(len(d.points), 'round')} of {count(trials, 'trial')}, "
+                   + (f"{len(front)} on the front" if len(front) else "none deliverable"),
+                   pad=20 if len(looks) > 1 else None)
+    volumes = [f"hypervolume {v:.4f}" + (f" {name}" if len(looks) > 1 else "") for name, v in d.hypervolume.items()]
+    words = [*volumes, "95% intervals over items only"]
+    bottom, top = axes.get_ylim()
+    words += [f"{count(outside, 'broken round')} outside"] * bool(outside) + ["deliverable above the line"]
+    style.note(axes, "\n".join(words), _empty_corner(axes, pd.concat([d.points, d.baselines])),
+               (COHERENCE_FLOOR - bottom) / (top - bottom))
+    if len(looks) > 1:
+        style.key(axes, {name: colour for name, (_, colour) in looks.items()})
+    labels = [(row["trait_gain"], row["coherence_kept"], f"{row['trial']}.{row['round']}",
+               style.BLACK if d.color else looks[row["search"]][1]) for _, row in front.iterrows()]
+    labels += [(row["trait_gain"], row["coherence_kept"],
+                f"steered {row['edge_doses']:g}× edge" if row["label"] == "steered" else row["label"], style.BLACK)
+               for _, row in d.baselines.iterrows()]
+    style.settle(figure)
+    style.place_labels(axes, labels, list(zip(d.points["trait_gain"], d.points["coherence_kept"])))
     return figure
 
 
-def _draw_baselines(axes: plt.Axes, baselines: pd.DataFrame) -> None:
-    for label, marker in (("base", "s"), ("prompted", "D"), ("steered", "^")):
-        rows = baselines[baselines["label"] == label] if len(baselines) else baselines
-        if len(rows):
-            axes.plot(rows["trait_gain"], rows["coherence_kept"], marker=marker, markersize=7, markerfacecolor="white",
-                      markeredgecolor=style.BLACK, color=style.BLACK, linewidth=0.8, linestyle=":", zorder=5)
+def _empty_corner(axes: plt.Axes, points: pd.DataFrame) -> str:
+    """The side whose bottom corner holds fewer points."""
+    shares = axes.transAxes.inverted().transform(axes.transData.transform(points[["trait_gain", "coherence_kept"]]))
+    low = shares[(shares[:, 1] > 0) & (shares[:, 1] < 0.3), 0]
+    return "left" if (low < 0.4).sum() <= (low > 0.6).sum() else "right"
 
 
-def _baseline_label(row: pd.Series) -> str:
-    return f"raw steering {row['edge_doses']:g}×edge" if row["label"] == "steered" else str(row["label"])
+def set_window(axes: plt.Axes, points: pd.DataFrame, baselines: pd.DataFrame) -> None:
+    """Limits that show whatever is deliverable; what broke may lie outside, for a broken model's nats go anywhere."""
+    able, inside = points[points["deliverable"]], baselines[baselines["coherence_kept"] >= COHERENCE_FLOOR]
+    wanted = pd.concat([able["trait_gain"], able["trait_gain_low"], able["trait_gain_high"], inside["trait_gain"]])
+    wanted = wanted if wanted.notna().any() else points["trait_gain"]
+    low, high = wanted.min(), wanted.max()
+    span = max(high - low, 0.02)
+    everything = pd.concat([points["trait_gain"], baselines["trait_gain"]])
+    if np.isfinite(span):
+        axes.set_xlim(max(min(everything.min(), low), low - 0.3 * span) - 0.05 * span,
+                      min(max(everything.max(), high), high + 0.3 * span) + 0.05 * span)
+    kept = points["coherence_kept"]
+    bottom = min(COHERENCE_FLOOR - 0.01, kept[kept >= LOWEST].min())
+    axes.set_ylim(bottom - 0.06 * (1 - bottom), 1 + 0.12 * (1 - bottom))
 
 
-def place_labels(axes: plt.Axes, labels: list[tuple[float, float, str, str]]) -> None:
-    """Write labels beside their points, each at the first of eight places that covers no earlier label or point."""
-    figure = axes.figure
-    figure.canvas.draw()
-    points = [axes.transData.transform((x, y)) for x, y, _, _ in labels]
-    taken: list = []
-    for (x, y, text, colour) in labels:
-        for dx, dy, ha, va in ((8, 6, "left", "bottom"), (8, -6, "left", "top"), (-8, 6, "right", "bottom"),
-                               (-8, -6, "right", "top"), (0, 12, "center", "bottom"), (0, -12, "center", "top"),
-                               (14, 18, "left", "bottom"), (14, -18, "left", "top")):
-            note = axes.annotate(text, (x, y), (dx, dy), textcoords="offset points", ha=ha, va=va, fontsize=9, color=colour,
-                                 zorder=6)
-            box = note.get_window_extent().expanded(1.02, 1.05)
-            inside = axes.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1 and axes.bbox.y0 <= box.y0 <= box.y1 <= figure.bbox.y1
-            if inside and not any(box.overlaps(other) for other in taken) and not any(box.contains(*p) for p in points):
-                taken.append(box)
-                break
-            note.remove()
-        # where nowhere is free, none is better than one over another: the CSV has every point
+def _draw_search(axes: plt.Axes, d: Data, points: pd.DataFrame, colours: tuple[str, str], marker: str) -> None:
+    able, front = points[points["deliverable"]], points[points["front"]].sort_values("trait_gain")
+    axes.plot(front["trait_gain"], front["coherence_kept"], color=style.GREY if d.color else colours[1], linewidth=1.5,
+              zorder=3)
+    for rows, colour, strength in ((able[~able["front"]], colours[0], 0.35), (front, colours[1], 0.9)):
+        axes.errorbar(rows["trait_gain"], rows["coherence_kept"], xerr=_arms(rows, "trait_gain", "trait_gain"),
+                      yerr=_arms(rows, "coherence_kept", "kept"), fmt="none", ecolor=style.GREY if d.color else colour,
+                      elinewidth=0.8, alpha=strength, zorder=2)
+        if not d.color:
+            axes.scatter(rows["trait_gain"], rows["coherence_kept"], s=40, color=colour, marker=marker, zorder=4,
+                         edgecolor="white", linewidth=0.5)
+    if d.color:
+        _draw_coloured(axes, able, d.color)
 
 
-def draw_folder(folder: Path) -> None:
+def _arms(rows: pd.DataFrame, value: str, interval: str) -> np.ndarray:
+    """[2, rows]: from a value down to the low end of its interval and up to the high end; 0 where there is none."""
+    low, high = rows[value] - rows[f"{interval}_low"], rows[f"{interval}_high"] - rows[value]
+    return np.stack([low.fillna(0).clip(lower=0), high.fillna(0).clip(lower=0)]).astype(float)
+
+
+def _draw_coloured(axes: plt.Axes, able: pd.DataFrame, color: str) -> None:
+    """Deliverable rounds in the colours of a column; those on the front have a thick edge."""
+    x, y, values = able["trait_gain"], able["coherence_kept"], able[color]
+    look = dict(s=46, edgecolor=style.BLACK, linewidth=np.where(able["front"], 1.6, 0.4), zorder=4)
+    if pd.api.types.is_numeric_dtype(values) and not pd.api.types.is_bool_dtype(values):
+        values = values.astype(float)
+        norm = LogNorm() if style.is_wide(values) else Normalize()
+        drawn = axes.scatter(x, y, c=values, cmap="viridis", norm=norm, **look)
+        bar = axes.figure.colorbar(drawn, ax=axes, label=color, pad=0.01, aspect=35)
+        bar.outline.set_visible(False)
+        if style.is_wide(values):
+            style.plain_numbers(bar.ax.yaxis)
+    else:
+        names = sorted(values.map(str).unique())
+        colours = dict(zip(names, style.PALETTE)) | {n: style.BLACK for n in names[len(style.PALETTE):]}
+        axes.scatter(x, y, color=values.map(str).map(colours), **look)
+        style.key(axes, colours)
+
+
+def draw_folder(folder: Path) -> Path:
     """Write pareto.png, pareto.svg and pareto.csv into a search's folder."""
     d = data(folder)
-    columns = [c for c in d.points if not d.points[c].map(lambda v: isinstance(v, str) and len(v) > 200).any()]
-    d.points[columns].to_csv(folder / "pareto.csv", index=False)
-    style.save(draw(d), folder / "pareto")
+    return style.save(draw(d), d.points, folder / "pareto")
 
 
-def main() -> None:
-    def action() -> int:
-        if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
-            print(__doc__.split("\n\n")[0])
-            return 0 if sys.argv[1:] in (["--help"], ["-h"]) else 2
-        folder = Path(sys.argv[1])
-        draw_folder(folder)
-        print(f"{folder / 'pareto.png'}, .svg and .csv")
-        return 0
+def compare(folders: tuple[Path, ...], color: str | None = None) -> Path:
+    """Draw one search into its folder, or several into the first one's.
 
-    run_main(action)
+    Args:
+        folders: searches' folders, such as results/quickstart
+        color: colour the rounds by this column of the ledger, such as heal.tau
+    """
+    d = data(*folders, color=color)
+    names = ["pareto", *(f"vs_{folder.absolute().name}" for folder in folders[1:]), *([f"by_{color}"] if color else [])]
+    return style.save(draw(d), d.points, folders[0] / "_".join(names))
 
 
 if __name__ == "__main__":
-    main()
+    command(compare, "pareto", __doc__)

@@ -29,7 +29,7 @@ def measure(model: str) -> int:
         trait = personas.load(name)
         items = trait.conduct[HELD_BACK]
         vector = steering.extract(lm, *trait.systems, personas.contexts(64), lm.band(0.45, 0.55))
-        print(f"{name} on {model}: {len(items)} dilemmas, vector norm {vector.norm:.1f}")
+        print(f"{name} on {model}: {len(items)} dilemmas, vector norm {vector.direction().norm():.1f}")
         gains = []
         for dose in DOSES:
             found = conduct.evaluate(lm, items, controls, vector=vector, dose=dose).tensors

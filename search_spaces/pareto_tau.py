@@ -4,7 +4,8 @@ HYPOTHESIS = ("Below the operating KL, tau is the main dial between trait and co
               "mean lets token loops through, at the cost of a shallower trait.")
 BASE = {"heal.lam": 1.0}
 TRIALS = 16
-COST = "several minutes a trial on 2 CPU cores with the embedded model; not timed on a GPU yet"
+COST = ("several minutes a trial on 2 CPU cores with the embedded model; round 0 up to healing is shared by all trials; "
+        "not timed on a GPU yet")
 
 
 def domains():

@@ -17,6 +17,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from steerheal import ledger
+
 
 class Display:
     """Context manager around a search. `update` takes the ledger whenever the study changed."""
@@ -105,7 +107,7 @@ class Display:
                 self._say(f"trial {trial} {event['where']}")
 
     def _say(self, text: str) -> None:
-        stamp = _clock(time.monotonic() - self.started)
+        stamp = clock(time.monotonic() - self.started)
         self.console.print(Text(f"[{stamp}] {text}"), soft_wrap=True)
 
     # ------------------------------------------------------------ the panel
@@ -113,12 +115,12 @@ class Display:
     def _render(self) -> Group:
         elapsed = time.monotonic() - self.started
         left = self.total - self.done_before - self.finished
-        remaining = _clock(elapsed / self.finished * left) if self.finished else "after the first trial"
+        remaining = clock(elapsed / self.finished * left) if self.finished else "after the first trial"
         head = Text.assemble((f"{self.name}  ", "bold"), f"{self.done_before + self.finished} of {self.total} trials, "
-                             f"{self.rounds} rounds each   elapsed {_clock(elapsed)}   remaining: {remaining}")
+                             f"{self.rounds} rounds each   elapsed {clock(elapsed)}   remaining: {remaining}")
         lines: list[Any] = [head]
         for trial, (where, since) in sorted((t, w) for t, w in self.where.items() if t not in self.complete):
-            lines.append(Text(f"  trial {trial}  {where}  {_clock(max(time.time() - since, 0))}", style="cyan"))
+            lines.append(Text(f"  trial {trial}  {where}  {clock(max(time.time() - since, 0))}", style="cyan"))
         lines.append(Text(f"  {self.summary()}", style="dim"))
         if self.table is not None and self.table["front"].any():
             lines.append(front_table(self.table, self.params, 5))
@@ -127,23 +129,30 @@ class Display:
 
 def make_console() -> Console:
     """Lines piped to a file are not broken at 80 columns."""
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=140)
+    console = Console(highlight=False, markup=False)  # "p[authority]" is no style
+    return console if console.is_terminal else Console(highlight=False, markup=False, width=140)
 
 
 def front_table(table: pd.DataFrame, params: list[str], most: int | None = None) -> Table:
-    """The Pareto front as a table: trial, round, parameters, trait gain with its 95% interval over items, shares of
-    base coherence and fluency kept, verdict and flags."""
-    rows = table[table["front"]].sort_values("trait_gain", ascending=False)
+    """The Pareto front as a table: index (for `steerheal.pick --index`), trial, round, parameters, trait gain with its 95%
+    interval over items, shares of base coherence and fluency kept, verdict and flags."""
+    rows = ledger.front(table)
     out = Table(title="Pareto front" + (f" (top {most} of {len(rows)})" if most and len(rows) > most else ""),
                 title_justify="left", title_style="bold")
-    for column in ("trial", "round", *params, "trait gain, nats", "coherence", "fluency", "verdict"):
+    for column in ("#", "trial", "round", *params, "trait gain, nats", "coherence", "fluency", "verdict"):
         out.add_column(column, justify="left" if column == "verdict" else "right", no_wrap=column == "trait gain, nats")
-    for _, row in rows.head(most or len(rows)).iterrows():
+    for index, (_, row) in enumerate(rows.head(most or len(rows)).iterrows()):
         shown = [f"{row[p]:.3g}" if isinstance(row[p], float) else str(row[p]) for p in params]
-        out.add_row(str(row["trial"]), str(row["round"]), *shown, interval(row), f"{row['coherence_kept']:.3f}",
+        out.add_row(str(index), str(row["trial"]), str(row["round"]), *shown, interval(row), f"{row['coherence_kept']:.3f}",
                     f"{row['fluency_kept']:.2f}", row["verdict"] + (f" ({row['flags']})" if row["flags"] else ""))
     return out
+
+
+def say_failures(console: Console, table: pd.DataFrame, left: list[int]) -> None:
+    """Why each of these trials failed."""
+    errors = table[table["error"].ne("") & table["trial"].isin(left)].drop_duplicates("trial")
+    for _, row in errors.iterrows():
+        console.print(f"trial {row['trial']} failed: {row['error']}", soft_wrap=True)
 
 
 def interval(row: pd.Series) -> str:
@@ -151,11 +160,13 @@ def interval(row: pd.Series) -> str:
 
 
 def describe(row: pd.Series) -> str:
-    """A finished round in one line."""
+    """A finished round in a line, and a second one where its barrier did nothing or everything."""
+    notes = (f" ({row['flags']})" if row["flags"] else "") + (f"\n    {row['warning']}" if row["warning"] else "")
     return (f"round {row['round']} done: trait gain {interval(row)} nats, coherence kept {row['coherence_kept']:.3f}, "
-            f"fluency kept {row['fluency_kept']:.2f}: {row['verdict']}" + (f" ({row['flags']})" if row["flags"] else ""))
+            f"fluency kept {row['fluency_kept']:.2f}: {row['verdict']}{notes}")
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """Seconds as h:mm:ss."""
     s = int(seconds)
     return f"{s // 3600}:{s // 60 % 60:02d}:{s % 60:02d}"

@@ -1,30 +1,38 @@
-"""Which completions are worth learning from: perplexity, repetition, narration, refusal.
+"""Which completions are worth learning from: perplexity, repetition, soup, narration, refusal.
 
     perplexity  under base (adapters off) over the last quarter of the completion, where steering does its damage;
                 gate: a number, or 1.5 x the 99th percentile of the model's own unsteered completions
-    repetition  the largest share of one n-gram among all, over words and characters, n = 2, 3, 4
+    repetition  the share of token 3-grams that were there before, in the worst stretch of 64 tokens
+                (seq-rep-n, Welleck et al. 2019, arXiv:1908.04319, in a window)
+    soup        nats per byte under base in the worst stretch of 32 tokens;
+                gate: a number, or 2.2 x the median of the model's own unsteered completions
     narration   talks about the trait instead of enacting it        (patterns of the persona)
     refusal     refusals and identity boilerplate                   (patterns of the persona)
 
-Loops have low perplexity, because they are predictable: repetition is what sees them.
+Loops have low perplexity, because they are predictable: repetition is what sees them. Soup of word fragments, letters and
+punctuation can have a low perplexity as well, because a fragment says little: it is improbable for its length.
+docs/filter.md has the precision and recall of each criterion, and what else was tried.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from torch import Tensor
 
 from steerheal.forward import token_logps
 from steerheal.generation import Completion
 from steerheal.history import Student
+from steerheal.models import LM
 from steerheal.personas import Persona
 from steerheal.settings import FilterSettings
 
 MIN_TOKENS = 8  # a shorter completion has no last quarter to judge and nothing to teach
-GATE_FACTOR, GATE_PERCENTILE = 1.5, 99
+REPETITION_TOKENS, SOUP_TOKENS = 64, 32  # stretches that are judged: a completion may fall apart late, or recover
+PERPLEXITY_FACTOR, PERPLEXITY_PERCENTILE = 1.5, 99
+SOUP_FACTOR = 2.2  # of the median: one unsteered completion that is odd itself must not lift the gate
 
 
 @dataclass(frozen=True)
@@ -33,57 +41,78 @@ class Score:
 
     perplexity: float
     repetition: float
+    soup: float  # nats per byte
     narrates: bool
     refuses: bool
     tokens: int
 
 
-def score(student: Student, persona: Persona, prompts: Sequence[list[int]],
+@dataclass(frozen=True)
+class Gates:
+    """The highest perplexity and the highest soup that are kept: instruments of a model, as its own level decides them."""
+
+    perplexity: float
+    soup: float
+
+
+def score(student: Student, persona: Persona | None, prompts: Sequence[list[int]],
           completions: Sequence[Completion]) -> list[Score]:
-    """Scores of completions; perplexity is taken under base whatever the student has learned."""
-    texts = [student.lm.text(c.ids) for c in completions]
-    perplexities = perplexity(student, prompts, completions)
-    return [Score(ppl, repetition(text), any(p.search(text) for p in persona.narration),
-                  any(p.search(text) for p in persona.refusal), len(c.ids))
-            for ppl, text, c in zip(perplexities, texts, completions)]
+    """Scores of completions; likelihoods are taken under base whatever the student has learned.
 
-
-def perplexity(student: Student, prompts: Sequence[list[int]], completions: Sequence[Completion]) -> list[float]:
-    """exp(mean NLL) under base over the last quarter of each completion; 1 for an empty one."""
-    full = [i for i, c in enumerate(completions) if c.ids]
-    out = [1.0] * len(completions)
+    Args:
+        persona: whose patterns to look for; None looks for none.
+    """
+    narration, refusal = (persona.narration, persona.refusal) if persona else ((), ())
     with student.base():
-        logps = token_logps(student.lm, [prompts[i] for i in full], [completions[i].ids for i in full])
-    for i, logp in zip(full, logps):
-        out[i] = float((-logp[len(logp) * 3 // 4 :].mean()).exp())
-    return out
+        logps = token_logps(student.lm, prompts, [c.ids for c in completions])
+    texts = [student.lm.text(c.ids) for c in completions]
+    return [Score(perplexity(-logp), repetition(c.ids), soup(student.lm, c.ids, -logp),
+                  any(p.search(text) for p in narration), any(p.search(text) for p in refusal), len(c.ids))
+            for logp, text, c in zip(logps, texts, completions)]
 
 
-def repetition(text: str) -> float:
-    """Largest share that one n-gram has among all n-grams of its kind; 0 where none occurs twice."""
-    worst = 0.0
-    for units in (text.lower().split(), text.lower()):
-        for n in (2, 3, 4):
-            grams = Counter(tuple(units[i : i + n]) for i in range(len(units) - n + 1))
-            if grams and (most := max(grams.values())) > 1:
-                worst = max(worst, most / grams.total())
-    return worst
+def perplexity(nll: Tensor) -> float:
+    """exp(mean NLL) over the last quarter of a completion, whose tokens' NLL are `nll` [n] in nats; 1 for an empty one."""
+    return float(nll[len(nll) * 3 // 4 :].mean().exp()) if len(nll) else 1.0
 
 
-def default_gate(perplexities: Sequence[float]) -> float:
-    """The perplexity gate from unsteered completions of the same model."""
-    return GATE_FACTOR * float(np.percentile(perplexities, GATE_PERCENTILE))
+def repetition(ids: Sequence[int]) -> float:
+    """Share of 3-grams that were there before, in the worst stretch of 64 tokens, or of a shorter completion."""
+    grams = list(zip(ids, ids[1:], ids[2:]))
+    n = min(len(grams), REPETITION_TOKENS - 2)
+    return max((1 - len(set(grams[i : i + n])) / n for i in range(len(grams) - n + 1) if n), default=0.0)
 
 
-def reasons(s: Score, settings: FilterSettings, gate: float) -> list[str]:
+def soup(lm: LM, ids: Sequence[int], nll: Tensor) -> float:
+    """NLL per UTF-8 byte in the worst stretch of 32 tokens, or of a shorter completion; 0 for an empty one.
+
+    Args:
+        nll: of each token, in nats. [n]
+    """
+    n = min(len(ids), SOUP_TOKENS)
+    return max(float(nll[i : i + n].sum()) / max(1, len(lm.text(list(ids[i : i + n])).encode()))
+               for i in range(len(ids) - n + 1))
+
+
+def gates(unsteered: Sequence[Score], settings: FilterSettings) -> Gates:
+    """The gates of the settings, or else of a model by its own unsteered completions."""
+    judged = [s for s in unsteered if s.tokens >= MIN_TOKENS]
+    highest = float(np.percentile([s.perplexity for s in judged], PERPLEXITY_PERCENTILE))
+    return Gates(settings.ppl_gate or PERPLEXITY_FACTOR * highest,
+                 settings.soup_gate or SOUP_FACTOR * float(np.median([s.soup for s in judged])))
+
+
+def reasons(s: Score, settings: FilterSettings, gates: Gates) -> list[str]:
     """Why a completion is dropped; empty where it is kept."""
     out = []
     if s.tokens < MIN_TOKENS:
         out.append("short")
-    if settings.coherence and s.perplexity > gate:
+    if settings.coherence and s.perplexity > gates.perplexity:
         out.append("perplexity")
     if settings.coherence and s.repetition > settings.repetition_gate:
         out.append("repetition")
+    if settings.coherence and s.soup > gates.soup:
+        out.append("soup")
     if settings.narration and s.narrates:
         out.append("narration")
     if settings.refusal and s.refuses:

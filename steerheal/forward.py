@@ -137,19 +137,22 @@ def _masks(lm: LM, pack: Pack, shared: int) -> Tensor | dict[str, Tensor]:
     index = torch.arange(n, device=lm.device)
     tree = (index[None] <= index[:, None]) & (index[:, None] < pack.end[None])
     sees = torch.cat([tree.new_ones(n, shared), tree], dim=1)
-    config = lm.model.config.get_text_config()
-    types = set(getattr(config, "layer_types", None) or ())
     full = _additive(sees, lm)
-    if "sliding_attention" not in types:
+    if not windowed(lm):
         return full
     position = torch.cat([torch.arange(shared, device=lm.device), pack.depth])
-    near = pack.depth[:, None] - position[None] < config.sliding_window
+    near = pack.depth[:, None] - position[None] < lm.model.config.get_text_config().sliding_window
     return {"full_attention": full, "sliding_attention": _additive(sees & near, lm)}
 
 
 def _additive(sees: Tensor, lm: LM) -> Tensor:
     dtype = lm.model.dtype
     return torch.zeros(sees.shape, dtype=dtype, device=sees.device).masked_fill(~sees, torch.finfo(dtype).min)[None, None]
+
+
+def windowed(lm: LM) -> bool:
+    """Whether some layers see no further back than a sliding window."""
+    return "sliding_attention" in (getattr(lm.model.config.get_text_config(), "layer_types", None) or ())
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:

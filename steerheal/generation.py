@@ -3,6 +3,9 @@
 Rows of a batch may differ in prompt and in steering dose. A row that ends leaves the batch, so no token is spent on
 it. Each completion's draws come from its own seed by inverse transform, so they do not depend on the batch it ran in
 (up to the rounding of the model's matrix products). No repetition penalty: repetition must stay visible.
+
+What all prompts begin with is run once where every row has the same dose. Where a batch does not fit into memory it is
+halved, and what fitted is remembered.
 """
 
 from __future__ import annotations
@@ -14,8 +17,10 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from steerheal.forward import MIN_PREFIX, common_prefix, windowed
 from steerheal.models import LM
-from steerheal.steering import Vector, steered
+from steerheal.packing import packed
+from steerheal.steering import Steers, steered
 
 COMPACT = 0.8  # rebuild the batch when fewer than this share of its rows still run
 
@@ -28,8 +33,6 @@ class Sampling:
     temperature: float = 1.0
     top_p: float = 0.95
     top_k: int = 64
-
-
 
 
 @dataclass
@@ -45,29 +48,58 @@ class Completion:
         return self.ids if self.end is None else [*self.ids, self.end]
 
 
-@torch.no_grad()
+_fits: dict[tuple[str, int], int] = {}  # (model, length to the next 128) -> rows that fitted after a batch did not
+
+
 def generate(lm: LM, prompts: Sequence[list[int]], sampling: Sampling, seeds: Sequence[int] | None = None,
-             vector: Vector | None = None, doses: Sequence[float] | None = None) -> list[Completion]:
+             vector: Steers | None = None, doses: Sequence[float] | None = None,
+             half_life: float = 0.0) -> list[Completion]:
     """One completion per prompt; a row ends at its first end token.
 
     Args:
         prompts: token ids of each row, up to the assistant tag.
         seeds: one per row; required unless greedy.
         vector, doses: steering, one dose per row.
+        half_life: completion tokens after which the dose has halved; 0 keeps it.
+
+    Raises:
+        torch.OutOfMemoryError: not even a single row fits.
     """
     rows = len(prompts)
-    ids, mask, position = _left_padded(lm, prompts)
+    doses = [0.0] * rows if doses is None else list(doses)
     uniforms = _uniforms(seeds, rows, sampling.max_new_tokens) if sampling.temperature > 0 else None
+    key = (lm.digest, (max(map(len, prompts)) + sampling.max_new_tokens) // 128)
+    out: list[Completion] = []
+    while len(out) < rows:
+        part = slice(len(out), len(out) + _fits.get(key, rows))
+        try:
+            out += _generate(lm, prompts[part], sampling, None if uniforms is None else uniforms[part], vector,
+                             doses[part], half_life)
+            continue
+        except torch.OutOfMemoryError:
+            size = len(prompts[part])
+            if size == 1:
+                raise
+        _fits[key] = size // 2  # tried again out here, where the failed batch is no longer held by the exception
+        torch.cuda.empty_cache()
+    return out
+
+
+@torch.inference_mode()
+def _generate(lm: LM, prompts: Sequence[list[int]], sampling: Sampling, uniforms: Tensor | None, vector: Steers | None,
+              doses: Sequence[float], half_life: float) -> list[Completion]:
+    rows = len(prompts)
+    first = torch.tensor(doses, dtype=torch.float32, device=lm.device)
     ends = torch.tensor(sorted(lm.eos_ids), device=lm.device)
-    cache = DynamicCache(config=lm.model.config.get_text_config())
     drawn = torch.zeros(rows, sampling.max_new_tokens, dtype=torch.long, device=lm.device)
     length = torch.full((rows,), sampling.max_new_tokens, device=lm.device)
     alive = torch.arange(rows, device=lm.device)  # rows of the batch -> rows of the result
     running = torch.ones(rows, dtype=torch.bool, device=lm.device)
-
-    dose = torch.tensor(list(doses), dtype=torch.float32) if doses is not None else torch.zeros(rows)
-    with steered(lm, vector, dose) as dial:
+    same_dose = vector is None or len(set(doses)) == 1
+    with packed(lm, rows), steered(lm, vector, first[:1]) as dial:
+        cache, ids, mask, position = _begin(lm, prompts, share=same_dose)
         for step in range(sampling.max_new_tokens):
+            dial.dose = first[alive] * (0.5 ** (step / half_life) if half_life else 1.0)
             out = lm.decoder(input_ids=ids, attention_mask=mask, position_ids=position, past_key_values=cache,
                              use_cache=True)
             logits = lm.logits(out.last_hidden_state[:, -1])
@@ -85,7 +117,6 @@ def generate(lm: LM, prompts: Sequence[list[int]], sampling: Sampling, seeds: Se
                 cache.batch_select_indices(keep)
                 alive, mask, position, token = alive[keep], mask[keep], position[keep], token[keep]
                 running = running[keep]
-                dial.dose = dial.dose[keep]
             ids = token[:, None]
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
             position = position[:, -1:] + 1
@@ -104,7 +135,7 @@ class Thoughts:
 
 @torch.no_grad()
 def think(lm: LM, prompts: Sequence[list[int]], budget: int, suffix: list[int], watch: Sequence[int],
-          never: Sequence[int] = (), vector: Vector | None = None, dose: float = 0.0) -> Thoughts:
+          never: Sequence[int] = (), vector: Steers | None = None, dose: float = 0.0) -> Thoughts:
     """`budget` greedy tokens per prompt, none of them an end token, and then `suffix`, read behind the same cache.
 
     Args:
@@ -112,21 +143,20 @@ def think(lm: LM, prompts: Sequence[list[int]], budget: int, suffix: list[int], 
         watch: ids whose log-probability is recorded at every step.
         never: further ids that are not drawn, such as the end of a thinking block.
     """
-    ids, mask, position = _left_padded(lm, prompts)
     unwanted = torch.tensor(sorted({*lm.eos_ids, *never, *lm.banned.tolist()}), device=lm.device)
-    cache = DynamicCache(config=lm.model.config.get_text_config())
     drawn, logp, watched = [], [], []
+    with packed(lm, len(prompts)), steered(lm, vector, dose):
+        cache, ids, mask, position = _begin(lm, prompts, share=True)
 
-    def run(ids: Tensor, fresh: int) -> Tensor:
-        """States of `ids`; mask and positions then make room for `fresh` further tokens."""
-        nonlocal mask, position
-        states = lm.decoder(input_ids=ids, attention_mask=mask, position_ids=position, past_key_values=cache,
-                            use_cache=True).last_hidden_state
-        mask = torch.cat([mask, mask.new_ones(len(mask), fresh)], dim=1)
-        position = position[:, -1:] + torch.arange(1, fresh + 1, device=lm.device)
-        return states
+        def run(ids: Tensor, fresh: int) -> Tensor:
+            """States of `ids`; mask and positions then make room for `fresh` further tokens."""
+            nonlocal mask, position
+            states = lm.decoder(input_ids=ids, attention_mask=mask, position_ids=position, past_key_values=cache,
+                                use_cache=True).last_hidden_state
+            mask = torch.cat([mask, mask.new_ones(len(mask), fresh)], dim=1)
+            position = position[:, -1:] + torch.arange(1, fresh + 1, device=lm.device)
+            return states
 
-    with steered(lm, vector, dose):
         for step in range(budget):
             logps = lm.logits(run(ids, 1 if step < budget - 1 else 1 + len(suffix))[:, -1]).log_softmax(-1)
             ids = logps.index_fill(1, unwanted, -torch.inf).argmax(-1)[:, None]
@@ -138,12 +168,24 @@ def think(lm: LM, prompts: Sequence[list[int]], budget: int, suffix: list[int], 
     return Thoughts(torch.cat(drawn, dim=1).tolist(), torch.stack(logp, 1).cpu(), torch.stack(watched, 1).cpu(), states)
 
 
-def _left_padded(lm: LM, prompts: Sequence[list[int]]) -> tuple[Tensor, Tensor, Tensor]:
-    """(ids, attention mask, positions), each [rows, longest]; padding sees nothing and is not seen."""
-    width = max(map(len, prompts))
-    ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=lm.device)
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=lm.device)
-    return ids, mask, (mask.cumsum(1) - 1).clamp(min=0)
+def _begin(lm: LM, prompts: Sequence[list[int]], share: bool) -> tuple[DynamicCache, Tensor, Tensor, Tensor]:
+    """(cache, ids still to run, attention mask, positions), padded on the left; padding sees nothing and is not seen.
+
+    Args:
+        share: what all prompts begin with may be run once, as a row of its own. Not done under a sliding window, which
+            counts places in the cache and so would count the padding between the shared part and a row's own.
+    """
+    shared = min(common_prefix(min(prompts), max(prompts)), min(map(len, prompts)) - 1)
+    shared = shared if share and shared >= MIN_PREFIX and len(prompts) > 1 and not windowed(lm) else 0
+    cache = DynamicCache(config=lm.model.config.get_text_config())
+    if shared:
+        lm.decoder(input_ids=torch.tensor([prompts[0][:shared]], device=lm.device), past_key_values=cache, use_cache=True)
+        cache.batch_repeat_interleave(len(prompts))
+    rest = [p[shared:] for p in prompts]
+    width = max(map(len, rest))
+    ids = torch.tensor([[0] * (width - len(p)) + p for p in rest], device=lm.device)
+    mask = torch.tensor([[1] * shared + [0] * (width - len(p)) + [1] * len(p) for p in rest], device=lm.device)
+    return cache, ids, mask, (mask.cumsum(1) - 1).clamp(min=0)[:, shared:]
 
 
 def _draw(logits: Tensor, sampling: Sampling, uniform: Tensor | None) -> Tensor:

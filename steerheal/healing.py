@@ -68,14 +68,14 @@ def heal(student: Student, samples: Sequence[Sample], settings: HealSettings, la
             reference = dict(zip(train, _reference_states(student, [samples[i] for i in train], settings.ref)))
         parameters = student.start_round(student.targets(*settings.band), settings.r, run_seed, round_index)
         try:
-            record = _train(student, parameters, dict(enumerate(samples)), train, order[:n_val], reference, settings, lam,
+            record = _train(student, parameters, samples, train, order[:n_val], reference, settings, lam,
                             (run_seed, round_index))
         finally:
             factors = student.finish_round()
     return factors, record
 
 
-def _train(student: Student, parameters: list[nn.Parameter], samples: dict[int, Sample], train: list[int],
+def _train(student: Student, parameters: list[nn.Parameter], samples: Sequence[Sample], train: list[int],
            val: list[int], reference: dict[int, Tensor], settings: HealSettings, lam: float,
            seed: tuple[int, int]) -> dict[str, Any]:
     """Optimise `parameters` in place. Samples go by their index in the round."""
@@ -86,7 +86,8 @@ def _train(student: Student, parameters: list[nn.Parameter], samples: dict[int, 
     rows: list[dict[str, Any]] = []
     train_nll: list[float] = []
     val_nll = [_validation_nll(student, held_out)]
-    best, kept = 0, [p.detach().clone() for p in parameters] if settings.early_stop else []
+    best = 0
+    kept: list[Tensor] = []  # the adapter of the best epoch, where there is an early stop
     micro_batch = settings.micro_batch
     for epoch in range(settings.epochs):
         for batch in batches({i: len(samples[i].inputs) for i in train}, settings.batch, *seed, epoch):
@@ -202,7 +203,7 @@ def _step(student: Student, parameters: list[nn.Parameter], samples: list[Sample
             d = torch.stack([divergence.aggregate(k, settings.aggregate) for k in kl.split(lengths)])
             barrier = lam * (d - settings.tau).relu().sum() / len(samples)
             row["D"] += d.tolist()
-        row["sample_nll"] += [n.mean().item() for n in nll.split(lengths)]
+        row["sample_nll"] += torch.stack([n.mean() for n in nll.split(lengths)]).tolist()
         row["nll"] += fit.item()
         row["loss"] += (fit + barrier).item()
         if measure and kl is not None:

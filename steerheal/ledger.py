@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import io
 import json
+import warnings
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import optuna
 import pandas as pd
+from pyarrow import ArrowInvalid
 
-from steerheal import pareto
+from steerheal import pareto, study_file
+from steerheal.errors import UserError
 from steerheal.objectives import REFERENCE_POINT
 from steerheal.stages import atomic_write
 
@@ -25,8 +29,43 @@ def open_study(folder: Path) -> optuna.Study:
     return optuna.load_study(study_name="steerheal", storage=storage_url(folder))
 
 
+def create_study(folder: Path) -> optuna.Study:
+    """The study of a search's folder, made where there is none, put back from its backup where it is damaged."""
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+    if mended := study_file.mend(folder):
+        print(mended)
+    patient = optuna.storages.RDBStorage(storage_url(folder), engine_kwargs=dict(connect_args=dict(timeout=20)))
+    study = optuna.create_study(study_name="steerheal", storage=patient, load_if_exists=True,
+                                directions=["maximize", "maximize"])
+    study.set_metric_names(["trait_gain", "coherence_kept"])
+    return study
+
+
 def storage_url(folder: Path) -> str:
     return f"sqlite:///{folder / 'study.db'}"
+
+
+def read(folder: Path) -> pd.DataFrame:
+    """The ledger as it was last written into a search's folder.
+
+    Raises:
+        UserError: there is none, or it is damaged.
+    """
+    path = folder / "ledger.parquet"
+    try:
+        return pd.read_parquet(path)
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{folder} holds no ledger; name a folder that `python -m steerheal.search` wrote.") from None
+    except ArrowInvalid as error:
+        raise UserError(f"{path} cannot be read ({error}). It is a view: the command that made the search, given again, "
+                        f"writes it anew.") from None
+
+
+def searched(table: pd.DataFrame) -> list[str]:
+    """The columns of a ledger that are searched settings: they stand between `error` and `round`."""
+    columns = list(table.columns)
+    return columns[columns.index("error") + 1 : columns.index("round")]
 
 
 def build(study: optuna.Study) -> pd.DataFrame:
@@ -73,14 +112,42 @@ def hypervolume(table: pd.DataFrame) -> float:
     return pareto.hypervolume(points, REFERENCE_POINT)
 
 
+def progress(study: optuna.Study, table: pd.DataFrame) -> pd.DataFrame:
+    """How the front grew: finished (trials so far), trial, hours, hypervolume; one row per finished trial, as they ended.
+
+    hours are those in which at least one trial ran; the pauses between two runs of a search do not count, nor do trials
+    that a kill cut off, whose end nobody saw.
+    """
+    spans = [(t.datetime_start, t.datetime_complete) for t in study.get_trials(deepcopy=False)
+             if t.datetime_start and t.datetime_complete and "end" in t.user_attrs]
+    ends = sorted((t.datetime_complete, index) for index, t in latest(study).items()
+                  if t.datetime_complete and t.state == optuna.trial.TrialState.COMPLETE)
+    rows = [dict(finished=n, trial=index, hours=round(_busy_seconds([s for s in spans if s[1] <= end]) / 3600, 5),
+                 hypervolume=hypervolume(table[table["trial"].isin([i for _, i in ends[:n]])]))
+            for n, (end, index) in enumerate(ends, 1)]
+    return pd.DataFrame(rows, columns=["finished", "trial", "hours", "hypervolume"])
+
+
+def _busy_seconds(spans: list[tuple[datetime, datetime]]) -> float:
+    """Length of the union of time spans."""
+    seconds, until = 0.0, datetime.min
+    for start, end in sorted(spans):
+        seconds += max((end - max(start, until)).total_seconds(), 0.0)
+        until = max(until, end)
+    return seconds
+
+
 def write(study: optuna.Study, folder: Path) -> pd.DataFrame:
-    """Rebuild ledger.parquet, ledger.csv, front.csv and baselines.csv in a search's folder; the ledger."""
+    """Rebuild ledger.parquet, ledger.csv, front.csv, baselines.csv and progress.csv in a search's folder, and back its
+    study up; the ledger."""
+    study_file.back_up(folder)
     table = build(study)
     baselines = pd.DataFrame(study.user_attrs.get("baselines", []))
     buffer = io.BytesIO()
     table.to_parquet(buffer, index=False)
     atomic_write(folder / "ledger.parquet", buffer.getvalue())
-    for name, frame in (("ledger", table), ("front", front(table)), ("baselines", baselines)):
+    for name, frame in (("ledger", table), ("front", front(table)), ("baselines", baselines),
+                        ("progress", progress(study, table))):
         atomic_write(folder / f"{name}.csv", frame.to_csv(index=False).encode())
     return table
 

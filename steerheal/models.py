@@ -138,6 +138,12 @@ def load(settings: Settings, commit: str = "") -> LM:
         raise UserError(f"model = {settings.model!r}: {path} cannot be loaded ({type(error).__name__}: "
                         f"{str(error).splitlines()[0]}). Delete that folder to fetch it again, or name another "
                         f"model.") from error
+    if settings.quantise == "nf4":
+        from bitsandbytes.nn import Linear4bit
+
+        for module in model.modules():  # else a CPU with AVX512-BF16 repacks the weights for inference and cuts gradients
+            if isinstance(module, Linear4bit):
+                module.support_avx512bf16_for_cpu = False
     if tokenizer.chat_template is None:
         raise UserError(f"model = {settings.model!r} has no chat template: it is a base model. Name an instruct model.")
     digest = hashlib.sha256(f"{weights_digest(path)} {settings.dtype} {settings.attention} {settings.quantise}".encode())

@@ -49,21 +49,23 @@ def choose_trait(persona: Persona, wanted: str, base: Reading) -> tuple[Trait, s
     """The trait readout and a sentence on why.
 
     Args:
-        wanted: auto, foundation or conduct. auto takes the foundation where it is valid at base: the AUC of
-            p[foundation] for its own vignettes against the rest has an interval clear of 0.5, and agreement with the
-            labels one clear of chance. A model that gives every vignette the same answer can pass the first alone;
-            its nats then follow the flatness of its logits and no moral judgement.
+        wanted: auto, foundation, conduct, or a foundation with the wanted sign (-care, +sanctity) in place of the
+            persona's own. auto takes the persona's foundation where it is valid at base: the AUC of p[foundation] for
+            its own vignettes against the rest has an interval clear of 0.5, and agreement with the labels one clear of
+            chance. A model that gives every vignette the same answer can pass the first alone; its nats then follow
+            the flatness of its logits and no moral judgement.
     """
-    auc, top1 = base.auc(persona.foundation), base.estimate("top1")
+    signed = wanted[0] in "+-"
+    name, sign = (wanted[1:], 1 if wanted[0] == "+" else -1) if signed else (persona.foundation, persona.direction)
+    foundation, conduct = Trait(f"{name}_nats", sign), Trait("conduct_nats", persona.conduct_direction)
+    auc, top1 = base.auc(name), base.estimate("top1")
     valid = auc.low > 0.5 and top1.low > 1 / len(FOUNDATIONS)
-    text = (f"at base AUC of p[{persona.foundation}] {auc.value:.2f} [{auc.low:.2f}, {auc.high:.2f}], agreement with "
+    text = (f"at base AUC of p[{name}] {auc.value:.2f} [{auc.low:.2f}, {auc.high:.2f}], agreement with "
             f"the labels {top1.value:.2f} [{top1.low:.2f}, {top1.high:.2f}], chance {1 / len(FOUNDATIONS):.2f}")
-    foundation = Trait(f"{persona.foundation}_nats", persona.direction)
-    conduct = Trait("conduct_nats", persona.conduct_direction)
-    if wanted == "foundation":
-        return foundation, f"{foundation.metric} as asked; {text}" + ("" if valid else ": not a valid readout here")
     if wanted == "conduct":
         return conduct, f"conduct_nats as asked; {text}"
+    if wanted != "auto":
+        return foundation, f"{foundation.metric} as asked; {text}" + ("" if valid else ": not a valid readout here")
     if valid:
         return foundation, f"{foundation.metric}: valid on this model ({text})"
     return conduct, f"conduct_nats: {foundation.metric} is not a valid readout on this model ({text})"
@@ -79,6 +81,11 @@ class Outcome:
     trait_gain_low: float
     trait_gain_high: float
     steered_gain: float
+    steered_gain_low: float
+    steered_gain_high: float
+    steered_step: float  # steered over the incoming student
+    steered_step_low: float
+    steered_step_high: float
     step_gain: float  # healed over the incoming student
     step_gain_low: float
     step_gain_high: float
@@ -119,7 +126,7 @@ def judge(index: int, persona: Persona, trait: Trait, base: Reading, incoming: R
     else:
         verdict = "degraded" if kept < DEGRADED else "heal"
     return Outcome(
-        index, trait.metric, *gain, trait.gain(steered, base).value, *step, coherence.value, kept, coherence.low,
+        index, trait.metric, *gain, *trait.gain(steered, base), *steered_step, *step, coherence.value, kept, coherence.low,
         coherence.high, steered.ratio(base, "coherence"), fluency, violation, verdict,
         " ".join(_flags(persona, trait, base, healed, gain, duty)),
         step.value / steered_step.value if steered_step.clear_of_zero else None,
@@ -132,7 +139,7 @@ def _flags(persona: Persona, trait: Trait, base: Reading, healed: Reading, gain:
         if abs(gain.value) <= abs(healed.difference(base, "control_nats").value):
             flags.append("control")
     else:
-        off = [abs(healed.difference(base, f"{f}_nats").value) for f in persona.off_target]
+        off = [abs(healed.difference(base, f"{f}_nats").value) for f in persona.off_target if f"{f}_nats" != trait.metric]
         if max(off, default=0.0) > abs(gain.value):
             flags.append("broad")
     return flags

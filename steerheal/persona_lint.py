@@ -1,4 +1,5 @@
-"""python -m steerheal.persona_lint [FILE.toml ...]: is this a proper trait? Without files, all built-in ones.
+"""python -m steerheal.persona_lint [FILE.toml ...] [--model NAME ...]: is this a proper trait? Without files, all built-in
+ones. With models, replies are matched in tokens too.
 
 Checks what docs/traits.md asks for: a pair of direct opposites without negation and of matched length; held-out dilemmas
 that do not recur among those generated from; replies matched in length; patterns that spare every ready reply.
@@ -6,17 +7,19 @@ that do not recur among those generated from; replies matched in length; pattern
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import re
-import sys
 from collections import defaultdict
 from collections.abc import Sequence
+from typing import Any
 
-from steerheal import personas
+from steerheal import chat, personas
 from steerheal.cli import run_main
 from steerheal.errors import UserError
 from steerheal.personas import Persona
 
+TOKENS_APART = 0.15  # largest difference of two replies' token counts, as a share of the longer
 RUN = 5  # words in a row that two texts may not share
 NEGATION = re.compile(r"\b(?:not|no|never|nothing|nobody|without|cannot)\b|n't\b|\w+less\b", re.IGNORECASE)
 
@@ -42,6 +45,18 @@ def problems(p: Persona) -> list[str]:
     return out
 
 
+def token_problems(p: Persona, tokenizer: Any) -> list[str]:
+    """Reply pairs, control pairs included, whose token counts differ by more than TOKENS_APART."""
+    out = []
+    for name, dilemmas in (("conduct", p.conduct), ("control", personas.controls(len(p.conduct)))):
+        for i, dilemma in enumerate(dilemmas):
+            for j, pair in enumerate(dilemma.pairs):
+                a, b = (len(chat.plain(tokenizer, reply)) for reply in pair)
+                if abs(a - b) > TOKENS_APART * max(a, b):
+                    out.append(f"{name}[{i}].pairs[{j}]: {a} and {b} tokens")
+    return out
+
+
 def _apart(a: str, b: str) -> float:
     return abs(len(a) - len(b)) / max(len(a), len(b))
 
@@ -62,13 +77,28 @@ def without_question(text: str) -> str:
     return shorter or text
 
 
+def _tokenizer(model: str) -> Any:
+    from transformers import AutoTokenizer
+
+    from steerheal.weights import locate
+
+    return AutoTokenizer.from_pretrained(locate(model), local_files_only=True)
+
+
 def main() -> None:
     def action() -> int:
-        names = sys.argv[1:] or personas.builtin()
+        arguments = argparse.ArgumentParser(prog="python -m steerheal.persona_lint", description=__doc__.split("\n\n")[0])
+        arguments.add_argument("files", nargs="*", metavar="FILE.toml")
+        arguments.add_argument("--model", action="append", default=[], help="whose tokenizer counts, such as "
+                               "smollm2-135m-instruct; may be given several times")
+        given = arguments.parse_args()
+        tokenizers = {name: _tokenizer(name) for name in given.model}
         bad = 0
-        for name in names:
+        for name in given.files or personas.builtin():
             try:
-                found = problems(personas.load(name))
+                trait = personas.load(name)
+                found = problems(trait) + [f"{line} of {model}" for model, tokenizer in tokenizers.items()
+                                           for line in token_problems(trait, tokenizer)]
             except UserError as error:
                 found = [str(error)]
             bad += bool(found)

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from steerheal.errors import UserError
+from steerheal.settings import FOUNDATIONS
 from steerheal.stages import seed_of
 
 DATA = Path(__file__).parent / "data"
-FOUNDATIONS = ("care", "fairness", "loyalty", "authority", "sanctity", "liberty", "social")
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,7 @@ class Persona:
     off_target: tuple[str, ...]  # foundations that should move less than the trait
     narration: tuple[re.Pattern[str], ...]
     refusal: tuple[re.Pattern[str], ...]
+    headline: tuple[str, ...]  # questions whose answers people read, round after round
     dilemmas: tuple[str, ...]  # to generate from
     conduct: tuple[Dilemma, ...]  # held out
 
@@ -117,7 +118,7 @@ def _parse(raw: dict[str, Any], path: Path) -> Persona:
         take(raw, "name", str), take(raw, "summary", str), take(raw, "positive", str), take(raw, "negative", str),
         foundation, readout.get("direction", 1), readout.get("conduct_direction", 1),
         tuple(take(readout, "off_target", list)), patterns("narration"), patterns("refusal"),
-        tuple(take(raw, "dilemmas", list)), tuple(conduct))
+        tuple(take(raw, "headline", list)), tuple(take(raw, "dilemmas", list)), tuple(conduct))
     if problems:
         raise UserError(f"{path}: " + "; ".join(dict.fromkeys(problems)))
     return persona
@@ -140,6 +141,11 @@ def fluency_prompts(n: int) -> list[str]:
 def controls(n: int) -> list[Dilemma]:
     """Trait-neutral choices with a pair of replies each."""
     return [Dilemma(row["prompt"], ((row["a"], row["b"]),)) for row in _rows("controls.jsonl")[:n]]
+
+
+def labelled() -> list[dict[str, str]]:
+    """Texts to judge the filter by: label, split (choose, held_out), persona, source, prompt, text."""
+    return list(_rows("labelled.jsonl"))
 
 
 def shots(n: int) -> list[Vignette]:

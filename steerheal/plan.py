@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import platform
 import time
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from typing import Any
 from steerheal import __version__, spaces, weights
 from steerheal.errors import UserError
 from steerheal.settings import Settings, from_flat, identity, preset, to_flat
-from steerheal.stages import atomic_write
+from steerheal.stages import VERSIONS, atomic_write
 
 PACKAGES = ("torch", "transformers", "peft", "ray", "optuna", "numpy", "bitsandbytes")
 
@@ -32,33 +33,45 @@ class Plan:
     settings: Settings  # of every trial, but for the searched parameters
     overrides: dict[str, Any]
     sampler: str
+    halving: bool
     seed: int
     trials: int
+    store: Path  # of the stages, shared by all searches in one place
     notes: list[str]  # sentences the user should see
     resumed: bool
     commit: str = ""  # of a hub model: known once it is fetched, and kept from then on
 
-    @property
-    def store(self) -> Path:
-        """The stage store that all searches beside this one share."""
-        return self.folder.parent / ".stages"
-
     def identity(self) -> dict[str, Any]:
         """Every field that decides a result, flat."""
         domains = {f"domain of {k}": repr(v) for k, v in self.space.distributions().items()}
-        head = {"space": self.space.name, "sampler": self.sampler, "--seed": self.seed}  # `seed` is the run seed
-        return head | domains | identity(self.settings)
+        # "--seed", because `seed` is the run seed
+        head: dict[str, Any] = {"space": self.space.name, "sampler": self.sampler, "--seed": self.seed}
+        if self.halving:
+            head["--halving"] = True
+        if self.sampler == "grid":
+            head["points"] = self.space.points()
+        versions = {f"version of stage {k}": v for k, v in VERSIONS.items()}
+        return head | domains | versions | identity(self.settings)
 
     def write(self) -> None:
         path = self.folder / "search.json"
         old = json.loads(path.read_text()) if path.exists() else {}
         body = dict(
             name=self.name, space=self.space.name, model=self.settings.model, overrides=self.overrides,
-            sampler=self.sampler, seed=self.seed, trials=self.trials, identity=self.identity(),
+            sampler=self.sampler, halving=self.halving, seed=self.seed, trials=self.trials, identity=self.identity(),
             settings=to_flat(self.settings), commit=self.commit,
             created=old.get("created", time.strftime("%Y-%m-%d %H:%M:%S")),
-            versions=dict(steerheal=__version__, python=platform.python_version(), **_versions()))
+            **environment())
         atomic_write(path, json.dumps(body, indent=2).encode())
+
+
+def environment() -> dict[str, dict[str, str]]:
+    """Versions, and the machine: what the speed of a search and the last bits of its numbers depend on."""
+    memory, card = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, weights.cuda_memory_gb()
+    return dict(
+        versions=dict(steerheal=__version__, python=platform.python_version(), **_versions()),
+        machine=dict(system=platform.platform(), cores=str(os.cpu_count()), memory=f"{memory:.0f} GB",
+                     device=f"CUDA card, {card:.0f} GB" if card else "CPU"))
 
 
 def _versions() -> dict[str, str]:
@@ -67,7 +80,8 @@ def _versions() -> dict[str, str]:
 
 
 def make(space_name: str, *, name: str | None, out: Path, model: str | None, overrides: dict[str, Any],
-         trials: int | None, rounds: int | None, sampler: str | None, seed: int | None, fresh: bool = False) -> Plan:
+         trials: int | None, rounds: int | None, sampler: str | None, seed: int | None, halving: bool = False,
+         fresh: bool = False) -> Plan:
     """The plan of a command line: a new search, or the one its folder already holds.
 
     Args:
@@ -94,10 +108,13 @@ def make(space_name: str, *, name: str | None, out: Path, model: str | None, ove
         raise UserError(f"--set {', '.join(fixed)}: the space {space.name} searches this setting, so it cannot be fixed. "
                         f"Leave it out, or write a space of your own in search_spaces/.")
     plan = Plan(name, folder, space, settings, {k: v for k, v in asked.items() if k != "model"},
-                sampler or (stored or {}).get("sampler", "tpe"),
+                sampler or (stored or {}).get("sampler", space.sampler), halving or (stored or {}).get("halving", False),
                 seed if seed is not None else (stored or {}).get("seed", 0),
-                trials or max((stored or {}).get("trials", 0), space.trials), [note] if note else [], stored is not None,
-                (stored or {}).get("commit", ""))
+                trials or max((stored or {}).get("trials", 0), space.trials), out.absolute() / ".stages",
+                [note] if note else [], stored is not None, (stored or {}).get("commit", ""))
+    if plan.sampler == "grid" and plan.trials > (points := len(space.points())):
+        raise UserError(f"--trials {plan.trials}: the grid of {space.name} has {points} points. --sampler "
+                        f"random draws as many as you like.")
     if stored:
         _refuse_changes(plan, stored)
         plan.notes = [] if overrides.get("model") != "auto" else plan.notes

@@ -22,9 +22,12 @@ class Args:
     set: tuple[str, ...] = ()
     """settings, such as heal.tau=1.0 rounds=2"""
     store: Path = Path("results/.stages")
-    """the stage store; shared with searches in results/"""
+    """the stage store; shared with searches in results/. The run's own folder, with its report, is made beside it"""
     export: Path | None = None
-    """write the last round's adapter here, in PEFT's format"""
+    """write the last round's adapter here, in PEFT's format, and the steering vector"""
+    diagnose: bool = False
+    """instead of a loop: overfit a few replies that enact the trait, and say whether the adapter can express it and the
+    readout can see it"""
 
 
 def main() -> None:
@@ -41,29 +44,42 @@ def run(args: Args) -> int:
 
     import pandas as pd
 
-    from steerheal import history, models
+    from steerheal import diagnose, gates, history, models, steering
     from steerheal.display import describe
     from steerheal.loop import HealLoop
+    from steerheal.single import Single
     from steerheal.stages import Event, Store
 
     def say(event: Event) -> None:
         if event.kind == "computed":
-            print(f"  {loop.where}: {event.stage}, {event.seconds:.1f} s", flush=True)
+            print(f"  {'diagnosis' if args.diagnose else loop.where}: {event.stage}, {event.seconds:.1f} s", flush=True)
         elif event.kind == "set aside":
             print(f"  {event.note}", flush=True)
 
     store = Store(args.store, say)
-    loop = HealLoop(settings, models.load(settings), store)
+    lm = models.load(settings)
+    if args.diagnose:
+        print(diagnose.diagnose(settings, lm, store).words())
+        return 0
+    loop = HealLoop(settings, lm, store)
     print(f"trait readout: {loop.baselines().trait_reason}")
     chain: tuple[str, ...] = ()
+    single = Single(args.store.parent, settings)
+    rows = []
     for round_ in loop.rounds():
-        print(describe(pd.Series(round_.row())), flush=True)
+        rows.append(round_.row())
+        print(describe(pd.Series(rows[-1])))
+        for gate, answer in gates.answers(rows).items():
+            print(f"    {gate}  {answer}", flush=True)
+        single.add(loop, round_)
         chain = round_.chain
-    print(f"ended: {loop.end}")
+    print(f"ended: {loop.end}\nreport: {single.finish(str(loop.end)) / 'report.html'}")
     if args.export and chain:
-        rounds = [history.from_tensors(loop.stored(digest).tensors) for digest in chain]
+        rounds = [history.from_tensors(loop.bench.stored(digest).tensors) for digest in chain]
         history.export(history.fold(rounds), args.export, model)
-        print(f"adapter: {args.export}")
+        vector, _ = loop.bench.vector(())
+        steering.save(vector, args.export / "vector.safetensors", loop.baselines().dose_unit * settings.steer.alpha)
+        print(f"adapter and round 0's vector: {args.export}")
     return 0
 
 

@@ -8,6 +8,7 @@ search proposes what an undisturbed one would. The study's SQLite file is the tr
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import math
@@ -16,29 +17,41 @@ from typing import Any
 
 import optuna
 from optuna.distributions import BaseDistribution
-from optuna.samplers import BaseSampler, PartialFixedSampler, RandomSampler
+from optuna.samplers import BaseSampler, GPSampler, NSGAIISampler, PartialFixedSampler, RandomSampler, TPESampler
 from optuna.trial import TrialState
 from ray.tune.search import Searcher
 
-from steerheal import objectives
+from steerheal import halving, objectives
+from steerheal.errors import UserError
 from steerheal.ledger import latest
+from steerheal.spaces import SAMPLERS, decoded
 from steerheal.stages import seed_of
 
 log = logging.getLogger(__name__)
 
-STARTUP_TRIALS = 8  # random proposals before TPE's model takes over
+STARTUP_TRIALS = 8  # random proposals before a model takes over; NSGA-II's generations are as large
 
 
 def make_sampler(name: str, seed: int) -> BaseSampler:
-    """A fresh sampler by name, for one proposal."""
+    """A fresh sampler by name, for one proposal. What it learns from, NSGA-II's generations included, is in the study.
+
+    Raises:
+        UserError: gp without scipy.
+    """
     if name == "tpe":
-        return optuna.samplers.TPESampler(multivariate=True, n_startup_trials=STARTUP_TRIALS, seed=seed)
-    if name == "random":
+        return TPESampler(multivariate=True, n_startup_trials=STARTUP_TRIALS, seed=seed)
+    if name == "nsgaii":
+        return NSGAIISampler(population_size=STARTUP_TRIALS, seed=seed)
+    if name == "gp":
+        if importlib.util.find_spec("scipy") is None:
+            raise UserError("--sampler gp needs scipy: pip install scipy (or pip install -e '.[gp]').")
+        return GPSampler(n_startup_trials=STARTUP_TRIALS, seed=seed)
+    if name in ("random", "grid"):  # a grid's proposals come fixed
         return RandomSampler(seed=seed)
     raise ValueError(f"sampler = {name!r}: allowed: {', '.join(SAMPLERS)}")
 
 
-SAMPLERS = ("tpe", "random")
+WORTHLESS = ("error", "stopped", "out of memory", "killed")  # ends that tell the study nothing: run again next time
 
 
 def recover(study: optuna.Study) -> dict[int, dict[str, Any]]:
@@ -62,27 +75,54 @@ class StudySearcher(Searcher):
     """Proposes the wanted logical indices once each, and never raises into Ray's event loop."""
 
     def __init__(self, study: optuna.Study, space: dict[str, BaseDistribution], indices: Iterable[int],
-                 retries: dict[int, dict[str, Any]], sampler: str, seed: int,
-                 on_change: Callable[[], None] = lambda: None):
+                 fixed: dict[int, dict[str, Any]], sampler: str, seed: int,
+                 on_change: Callable[[int, dict[str, Any] | None], None] = lambda index, row: None,
+                 halve: bool = False):
+        """
+        Args:
+            fixed: parameters that are not up to the sampler, by logical index: a grid's points, interrupted trials.
+            on_change: called with the index and a round's row when it is finished, with None when the trial has ended.
+            halve: stop trials early by `halving.halved`.
+        """
         super().__init__()
-        self.study, self.space, self.retries, self.on_change = study, space, retries, on_change
+        self.study, self.space, self.fixed, self.on_change, self.halve = study, space, fixed, on_change, halve
         self.sampler, self.seed = sampler, seed
         self.todo = list(indices)
         self.trials: dict[str, optuna.Trial] = {}  # by Ray's id
         self.rounds: dict[str, list[dict[str, Any]]] = {}
+        self.index: dict[str, int] = {}
+        self.halved: set[str] = set()
 
     def suggest(self, trial_id: str) -> Any:
         if not self.todo:
             return Searcher.FINISHED
         index = self.todo.pop(0)
         sampler = make_sampler(self.sampler, seed_of(self.seed, "ask", index) % 2**32)
-        if set(self.retries.get(index, {})) == set(self.space):
-            sampler = PartialFixedSampler(self.retries[index], RandomSampler())
+        if set(self.fixed.get(index, {})) == set(self.space):
+            sampler = PartialFixedSampler(self.fixed[index], sampler)
         self.study.sampler = sampler
         trial = self.study.ask(self.space)
         trial.set_user_attr("index", index)
-        self.trials[trial_id], self.rounds[trial_id] = trial, []
-        return dict(index=index, params=dict(trial.params))
+        self.trials[trial_id], self.rounds[trial_id], self.index[trial_id] = trial, [], index
+        return dict(index=index, params={name: decoded(value) for name, value in trial.params.items()})
+
+    def stops(self, trial_id: str, result: dict[str, Any]) -> bool:
+        """Whether halving ends this trial with this result. Ray asks its stopper before it tells the searcher."""
+        if self.halve and trial_id in self.trials:
+            known = len(self.rounds[trial_id])
+            self._guard(self._keep, trial_id, result)
+            if len(self.rounds[trial_id]) > known and not result.get("end"):  # a restarted trial repeats its rounds
+                self._guard(self._judge, trial_id)
+        return trial_id in self.halved
+
+    def _judge(self, trial_id: str) -> None:
+        own = self.rounds[trial_id]
+        n = len(own)
+        if not halving.is_rung(n):
+            return
+        others = [t.user_attrs.get("rounds", []) for i, t in latest(self.study).items() if i != self.index[trial_id]]
+        if halving.halved(own[n - 1], [rounds[n - 1] for rounds in others if len(rounds) >= n]):
+            self.halved.add(trial_id)
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         self._guard(self._keep, trial_id, result)
@@ -104,22 +144,26 @@ class StudySearcher(Searcher):
         if row is not None and row["round"] == len(rounds):
             rounds.append(row)
             trial.set_user_attr("rounds", rounds)
-            self.on_change()
+            self.on_change(self.index[trial_id], row)
 
     def _tell(self, trial_id: str, result: dict[str, Any], error: bool) -> None:
         trial, rounds = self.trials.pop(trial_id), self.rounds.pop(trial_id)
-        end = "error" if error else result.get("end") or "stopped"
+        end = "killed" if error else result.get("end") or ("halved" if trial_id in self.halved else "stopped")
         trial.set_user_attr("end", end)
-        if result.get("error"):
-            trial.set_user_attr("error", result["error"])
         told = worth(end, rounds)
+        why = "its worker died again and again: killed by the system (memory?), or its machine went away" if error else (
+            result.get("error") or ("" if told or end in WORTHLESS else "its readouts are not finite: the model diverged"))
+        if why:
+            trial.set_user_attr("error", why)
         if told is None:
             self.study.tell(trial, state=TrialState.FAIL)
         else:
             values, constraint = told
             trial.set_constraint("deliverable", constraint)
+            # optuna-dashboard (0.21) reads constraints only where Optuna 4 put them
+            trial.storage.set_trial_system_attr(trial._trial_id, "constraints", [constraint])
             self.study.tell(trial, values)
-        self.on_change()
+        self.on_change(self.index[trial_id], None)
 
     def _guard(self, action: Callable[..., None], *args: Any) -> None:
         try:
@@ -141,7 +185,7 @@ class StudySearcher(Searcher):
 
 def worth(end: str, rounds: list[dict[str, Any]]) -> tuple[tuple[float, float], float] | None:
     """What a finished trial tells the study: ((trait_gain, coherence_kept), constraint), None where it failed."""
-    if end in ("error", "stopped", "out of memory"):
+    if end in WORTHLESS:
         return None
     if end == "starved":  # the student that went into the starved round; base where none was delivered
         gain, kept = (rounds[-1]["trait_gain"], rounds[-1]["coherence_kept"]) if rounds else (0.0, 1.0)

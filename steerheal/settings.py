@@ -33,14 +33,20 @@ def free(default: Any, *, help: str = "", identity: bool = True) -> Any:
     return field(default=default, metadata=dict(help=help, identity=identity))
 
 
+FOUNDATIONS = ("care", "fairness", "loyalty", "authority", "sanctity", "liberty", "social")
+SIGNED = [sign + foundation for foundation in FOUNDATIONS for sign in "-+"]  # less care, more sanctity, ...
+
+
 @dataclass(frozen=True)
 class SteerSettings:
-    method: str = choice("mean_diff", "mean_diff", help="how the vector is made from the contrastive persona pair")
+    method: str = free("mean_diff", help="mean_diff, cosine_gated, or steering-lite:NAME where that package is installed")
     normalise: bool = free(False, help="scale each layer's vector to unit length (the default keeps the raw length)")
     band: tuple[float, ...] = free((0.45, 0.55), help="layers int(lo*L) .. int(hi*L)-1 that are steered")
     contexts: int = number(64, 1, 256, help="user turns the vector is averaged over")
-    alpha: float = number(0.8, 0.0, help="top dose, in units of the edge dose", open_low=True)
-    unit: str = choice("edge", "edge", "raw", help="alpha counts edge doses, or raw vectors")
+    alpha: float = number(0.8, 0.0, help="top dose, in the unit below", open_low=True)
+    unit: str = choice("edge", "edge", "raw", "kl", help="alpha counts edge doses, raw vectors, or doses of target_kl")
+    target_kl: float = number(1.0, 0.0, open_low=True, help="nats of p95 per-token KL(steered || base) that are 1 kl dose")
+    half_life: float = number(0.0, 0.0, help="completion tokens after which the dose has halved; 0 keeps it")
 
 
 @dataclass(frozen=True)
@@ -52,7 +58,7 @@ class GenerateSettings:
     top_p: float = number(0.95, 0.0, 1.0, open_low=True)
     top_k: int = number(64, 1, 1024)
     n_keep: int = number(48, 1, help="survivors to collect per round")
-    min_train: int = number(12, 1, help="fewer survivors than this end the trial as starved")
+    min_train: int = number(12, 2, help="fewer survivors than this end the trial as starved; one in eight is held out")
     max_batches: int = number(6, 1, help="batches sampled per round before giving up on n_keep")
     pass_target: float = number(0.75, 0.0, 1.0, help="walk-C: survival that a dose must reach")
     kappa_min: float = number(0.2, 0.0, 1.0, open_low=True, help="walk-C: smallest multiplier on alpha")
@@ -60,11 +66,12 @@ class GenerateSettings:
 
 @dataclass(frozen=True)
 class FilterSettings:
-    coherence: bool = free(True, help="drop by perplexity and repetition")
+    coherence: bool = free(True, help="drop by perplexity, repetition and soup")
     narration: bool = free(True, help="drop text that talks about the trait instead of enacting it")
     refusal: bool = free(True, help="drop refusals and identity boilerplate")
     ppl_gate: float = number(0.0, 0.0, help="perplexity gate; 0 = 1.5 x the 99th percentile of unsteered completions")
-    repetition_gate: float = number(0.3, 0.0, 1.0, open_low=True, help="largest share of one n-gram, n = 2, 3, 4")
+    repetition_gate: float = number(0.3, 0.0, 1.0, open_low=True, help="largest share of repeated token 3-grams")
+    soup_gate: float = number(0.0, 0.0, help="most nats per byte; 0 = 2.2 x the median of unsteered completions")
 
 
 @dataclass(frozen=True)
@@ -91,8 +98,8 @@ class HealSettings:
 
 @dataclass(frozen=True)
 class EvaluateSettings:
-    trait: str = choice("auto", "auto", "foundation", "conduct",
-                        help="readout of trait_gain; auto takes the foundation where it is valid at base")
+    trait: str = choice("auto", "auto", "foundation", "conduct", *SIGNED,
+                        help="readout of trait_gain; auto takes the persona's foundation where it is valid at base")
     items: str = free("builtin", help="vignettes: builtin, or a JSONL file with text and foundation")
     n_items: int = number(70, 7, help="vignettes, a stratified sample")
     shots: int = choice(14, 0, 7, 14, help="worked examples before each vignette")
@@ -177,6 +184,8 @@ def _cross_field_problems(s: Settings) -> list[str]:
     for name, band in (("steer.band", s.steer.band), ("heal.band", s.heal.band)):
         if not (isinstance(band, tuple) and len(band) == 2 and 0 <= band[0] < band[1] <= 1):
             out.append(f"{name} = {band!r}: must be two shares of the depth, 0 <= lo < hi <= 1, such as [0.45, 0.55]")
+    if not (s.steer.method in ("mean_diff", "cosine_gated") or str(s.steer.method).startswith("steering-lite:")):
+        out.append(f"steer.method = {s.steer.method!r}: allowed: mean_diff, cosine_gated, steering-lite:NAME")
     for name, doses in (("generate.doses", s.generate.doses), ("evaluate.ladder", s.evaluate.ladder)):
         if isinstance(doses, tuple) and any(d <= 0 for d in doses if isinstance(d, (int, float))):
             out.append(f"{name} = {doses!r}: every dose must be above 0")

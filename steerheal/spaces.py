@@ -1,74 +1,179 @@
-"""Finding and checking search spaces: files in `search_spaces/`, read without importing Ray."""
+"""Finding and checking search spaces: files in `search_spaces/` or anywhere else, read without importing Ray."""
 
 from __future__ import annotations
 
+import ast
 import difflib
-import importlib
-import pkgutil
+import importlib.util
+import itertools
+import json
+import traceback
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from steerheal.errors import UserError
-from steerheal.settings import leaves
+from steerheal.errors import SettingsError, UserError
+from steerheal.settings import from_flat, leaves
+
+FIELDS = {"HYPOTHESIS": str, "BASE": dict, "TRIALS": int, "COST": str}
+SAMPLERS = ("tpe", "nsgaii", "gp", "random", "grid")
 
 
 @dataclass(frozen=True)
 class Space:
     name: str
+    path: Path
     hypothesis: str
     base: dict[str, Any]
     trials: int
     cost: str
+    sampler: str
     module: ModuleType
 
     def distributions(self) -> dict[str, Any]:
-        """The searched settings as Optuna distributions.
+        """The searched settings as Optuna distributions. Choices that are lists become JSON text (see `decoded`).
 
         Raises:
-            UserError: domains() names an unknown setting or a domain Optuna cannot search.
+            UserError: an unknown setting, a domain that Optuna cannot search, or one that reaches a forbidden value.
         """
-        from ray.tune.search.optuna import OptunaSearch
+        from optuna.distributions import CategoricalDistribution
 
-        domains = self.module.domains()
-        unknown = [name for name in domains if name not in leaves()]
-        if unknown:
-            raise UserError(f"search space {self.name}: no such setting: {', '.join(unknown)}")
+        if hasattr(self.module, "points"):
+            points = self.points()
+            out: dict[str, Any] = {name: CategoricalDistribution(list(dict.fromkeys(p[name] for p in points)))
+                                   for name in points[0]}
+        else:
+            out = self._converted(self._call("domains"))
+        unknown = [name for name in out if name not in leaves()]
+        problems = [f"{self._at(name)}{name}: no such setting" for name in unknown]
+        for name, dist in out.items():
+            if name in unknown:
+                continue
+            for value in dist.choices if isinstance(dist, CategoricalDistribution) else (dist.low, dist.high):
+                try:
+                    from_flat({name: decoded(value)})
+                except SettingsError as error:
+                    problems += [f"{self._at(name)}{p}" for p in error.problems if p.startswith(name)]
+        if problems:
+            raise UserError(f"search space {self.name}: {self.path}: " + "; ".join(problems))
+        return out
+
+    def points(self) -> list[dict[str, Any]]:
+        """The proposals of sampler grid, in order: the file's own `points()`, else the product of its choices.
+
+        Raises:
+            UserError: a domain is not a choice, or points() gives dicts of different settings.
+        """
+        from optuna.distributions import CategoricalDistribution
+
+        if hasattr(self.module, "points"):
+            points = [{k: _encoded(v) for k, v in p.items()} for p in self._call("points")]
+            if not points or any(p.keys() != points[0].keys() for p in points):
+                raise UserError(f"search space {self.name}: {self.path}: {self._at('points')}points() must give at least "
+                                f"one dict, and all dicts the same settings")
+            return points
+        domains = self.distributions()
+        open_ = [name for name, dist in domains.items() if not isinstance(dist, CategoricalDistribution)]
+        if open_:
+            raise UserError(f"--sampler grid: {', '.join(open_)} of space {self.name} is a range; a grid needs "
+                            f"tune.choice. Allowed here: {', '.join(s for s in SAMPLERS if s != 'grid')}.")
+        return [dict(zip(domains, values)) for values in itertools.product(*(d.choices for d in domains.values()))]
+
+    def _converted(self, domains: dict[str, Any]) -> dict[str, Any]:
+        from ray.tune.search.optuna import OptunaSearch
+        from ray.tune.search.sample import Categorical
+
+        for domain in domains.values():
+            if isinstance(domain, Categorical):
+                domain.categories = [_encoded(value) for value in domain.categories]
         try:
             return OptunaSearch.convert_search_space(domains)
         except ValueError as error:
-            raise UserError(f"search space {self.name}: {error}") from None
+            raise UserError(f"search space {self.name}: {self.path}: {self._at('domains')}domains(): {error} Use "
+                            f"tune.choice, uniform, loguniform, randint and their like; SAMPLER = \"grid\" for a "
+                            f"grid.") from None
+
+    def _call(self, function: str) -> Any:
+        try:
+            return getattr(self.module, function)()
+        except Exception as error:
+            raise _unreadable(self.name, self.path, error) from error
+
+    def _at(self, word: str) -> str:
+        return _line_of(self.path, word)
+
+
+def decoded(value: Any) -> Any:
+    """A proposal's value as the setting's: lists travel as JSON text, because a study holds only plain values."""
+    return json.loads(value) if isinstance(value, str) and value.startswith("[") else value
+
+
+def _encoded(value: Any) -> Any:
+    return json.dumps(list(value)) if isinstance(value, (list, tuple)) else value
 
 
 def names() -> list[str]:
+    return sorted(p.stem for p in _folder().glob("*.py") if not p.stem.startswith("_"))
+
+
+def _folder() -> Path:
     import search_spaces
 
-    return sorted(m.name for m in pkgutil.iter_modules(search_spaces.__path__))
+    return Path(search_spaces.__path__[0])
 
 
 def load(name: str) -> Space:
-    """One space by name.
+    """One space, by the name of a file in search_spaces/ or by a path that ends in .py.
 
     Raises:
-        UserError: no such space, or a broken file, with what it lacks.
+        UserError: no such space, or a broken file, with the lines at fault and what is wrong there.
     """
-    known = names()
-    if name not in known:
-        near = difflib.get_close_matches(name, known, n=1)
+    path = Path(name) if name.endswith(".py") else _folder() / f"{name}.py"
+    if not path.is_file():
+        if name.endswith(".py"):
+            raise UserError(f"search space {name}: no such file")
+        near = difflib.get_close_matches(name, names(), n=1)
         raise UserError(f"search space {name!r}: no such space" + (f"; did you mean {near[0]}?" if near else "") +
-                        f" Allowed: {', '.join(known)}. `--list` describes them.")
+                        f" Allowed: {', '.join(names())}. `--list` describes them; --space PATH.py takes a file.")
+    spec = importlib.util.spec_from_file_location(f"search_spaces.{path.stem}", path)
+    assert spec is not None and spec.loader is not None  # a .py file always has a loader
+    module = importlib.util.module_from_spec(spec)
     try:
-        module = importlib.import_module(f"search_spaces.{name}")
+        spec.loader.exec_module(module)
     except Exception as error:
-        line = getattr(error, "lineno", None)
-        raise UserError(f"search space {name}: search_spaces/{name}.py cannot be read"
-                        + (f", line {line}" if line else "") + f": {type(error).__name__}: {error}") from error
-    wanted = dict(HYPOTHESIS=str, BASE=dict, TRIALS=int, COST=str)
-    problems = [f"{field} must be a {kind.__name__}" for field, kind in wanted.items()
-                if not isinstance(getattr(module, field, None), kind)]
-    if not callable(getattr(module, "domains", None)):
+        raise _unreadable(path.stem, path, error) from error
+    problems = [f"{_line_of(path, field)}{field} " + ("is missing" if not hasattr(module, field) else
+                f"= {getattr(module, field)!r}: must be {kind.__name__}")
+                for field, kind in FIELDS.items() if type(getattr(module, field, None)) is not kind]
+    if not any(callable(getattr(module, f, None)) for f in ("domains", "points")):
         problems.append("domains() is missing")
-    problems += [f"BASE: no such setting {key!r}" for key in getattr(module, "BASE", {}) if key not in leaves()]
+    base = getattr(module, "BASE", None)
+    try:
+        from_flat(base if isinstance(base, dict) else {})
+    except SettingsError as error:
+        problems += [f"{_line_of(path, p.split(':')[0].split(' ')[0])}BASE: {p}" for p in error.problems]
+    sampler = getattr(module, "SAMPLER", "grid" if hasattr(module, "points") else "tpe")
+    if sampler not in SAMPLERS:
+        problems.append(f"{_line_of(path, 'SAMPLER')}SAMPLER = {sampler!r}: allowed: {', '.join(SAMPLERS)}")
     if problems:
-        raise UserError(f"search space {name}: search_spaces/{name}.py: " + "; ".join(problems))
-    return Space(name, module.HYPOTHESIS, dict(module.BASE), module.TRIALS, module.COST, module)
+        raise UserError(f"search space {path.stem}: {path}: " + "; ".join(problems))
+    return Space(path.stem, path, module.HYPOTHESIS, dict(module.BASE), module.TRIALS, module.COST, sampler, module)
+
+
+def _unreadable(name: str, path: Path, error: Exception) -> UserError:
+    lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
+    line = error.lineno if isinstance(error, SyntaxError) else (lines or [None])[-1]
+    return UserError(f"search space {name}: {path} cannot be read" + (f", line {line}" if line else "") +
+                     f": {type(error).__name__}: {getattr(error, 'msg', error)}")
+
+
+def _line_of(path: Path, word: str) -> str:
+    """ "line N: " of the assignment, function or quoted name `word` in a file; nothing where it is not there."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        found = ((isinstance(node, ast.Name) and node.id == word and isinstance(node.ctx, ast.Store))
+                 or (isinstance(node, ast.FunctionDef) and node.name == word)
+                 or (isinstance(node, ast.Constant) and node.value == word))
+        if found:
+            return f"line {node.lineno}: "  # type: ignore[attr-defined]
+    return ""

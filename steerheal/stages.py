@@ -30,7 +30,8 @@ MAGIC = "steerheal-stage/1"
 # A stage's version is part of its digest. Raise it when the stage's code changes what it computes;
 # tests/test_stage_versions.py reminds you.
 VERSIONS = {
-    "vector": 1, "completions": 1, "scores": 1, "heal": 2, "foundations": 1, "conduct": 1, "fluency": 1,
+    "vector": 2, "states": 1, "kl_dose": 1, "completions": 2, "scores": 2, "log_ratio": 1, "diary": 1, "heal": 2,
+    "foundations": 2, "conduct": 1, "fluency": 3, "free_answers": 1,
 }
 
 
@@ -83,14 +84,26 @@ class Store:
     def stage(self, stage: str, inputs: dict[str, Any], compute: Callable[[], Result]) -> Result:
         """The stored result for these inputs; computed, stored and returned where there is none."""
         digest = digest_of(stage, inputs)
-        found = self.load(digest, stage)
+        found = self.load(digest)
         if found is None:
             with locked(self.path(digest).with_suffix(".lock")):
-                found = self.load(digest, stage)  # another worker may have finished it while we waited
+                found = self.load(digest)  # another worker may have finished it while we waited
                 if found is None:
+                    self._clear(stage, digest)
                     return self._compute(stage, digest, inputs, compute)
         self.on_event(Event("replayed", stage, digest))
         return found
+
+    def _clear(self, stage: str, digest: str) -> None:
+        """Set a damaged file aside, and remove what killed writers left. Only the holder of the lock may: without it,
+        two readers of a damaged file would each move one aside, the second the file that the first had just mended."""
+        path = self.path(digest)
+        for left in path.parent.glob(f".{digest}.*.tmp"):
+            left.unlink()
+        if path.exists():
+            aside = path.with_suffix(".damaged")
+            os.replace(path, aside)
+            self.on_event(Event("set aside", stage, digest, note=f"{path} fails its checksum; moved to {aside.name}"))
 
     def _compute(self, stage: str, digest: str, inputs: dict[str, Any], compute: Callable[[], Result]) -> Result:
         self.on_event(Event("start", stage, digest))
@@ -111,25 +124,18 @@ class Store:
         line = f"{MAGIC} {digest} {hashlib.sha256(rest).hexdigest()} {len(body)}\n".encode()
         atomic_write(self.path(digest), line + rest)
 
-    def load(self, digest: str, stage: str = "") -> Result | None:
-        """The result under a digest, None where there is none. A damaged file is renamed to *.damaged."""
-        path = self.path(digest)
+    def load(self, digest: str) -> Result | None:
+        """The result under a digest, None where there is none or the file is damaged."""
+        from safetensors import SafetensorError
+
         try:
-            data = path.read_bytes()
-        except FileNotFoundError:
+            head, _, rest = self.path(digest).read_bytes().partition(b"\n")
+            magic, named, checksum, size = head.decode().split(" ")
+            if (magic, named, checksum) != (MAGIC, digest, hashlib.sha256(rest).hexdigest()):
+                return None
+            return Result(json.loads(rest[: int(size)])["record"], _tensors(rest[int(size) :]), digest)
+        except (FileNotFoundError, ValueError, SafetensorError):  # the last two: text that is no head, a flipped size
             return None
-        head, _, rest = data.partition(b"\n")
-        fields = head.decode(errors="replace").split(" ")
-        whole = (len(fields) == 4 and fields[:2] == [MAGIC, digest] and fields[3].isdigit()
-                 and hashlib.sha256(rest).hexdigest() == fields[2])
-        if not whole:
-            aside = path.with_suffix(".damaged")
-            os.replace(path, aside)
-            self.on_event(Event("set aside", stage, digest, note=f"{path} fails its checksum; moved to {aside.name}"))
-            return None
-        cut = int(fields[3])
-        stored = json.loads(rest[:cut])
-        return Result(stored["record"], _tensors(rest[cut:]), digest)
 
     def head(self, digest: str) -> dict[str, Any]:
         """Name, version, inputs and seconds of a stored stage, without its tensors."""

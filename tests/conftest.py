@@ -23,7 +23,10 @@ from transformers import (
 )
 
 from steerheal import models as steerheal_models
+from steerheal.healing import Sample, heal
+from steerheal.history import Student
 from steerheal.personas import FOUNDATIONS
+from steerheal.settings import HealSettings
 
 TEMPLATE = ("{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
             "{% if add_generation_prompt %}<|assistant|>{% endif %}")
@@ -121,3 +124,18 @@ TINY = {
     "evaluate.n_items": 7, "evaluate.shots": 0, "evaluate.n_conduct": 2, "evaluate.n_fluency": 2,
     "evaluate.fluency_tokens": 8, "evaluate.ladder": [1.0], "evaluate.trait": "conduct",
 }
+
+IDS = torch.tensor([[5, 6, 7, 8, 9]])
+
+
+def samples(n: int = 12, seed: int = 0) -> list[Sample]:
+    """Random prompts, each to be answered with a piece of one fixed sequence."""
+    g = torch.Generator().manual_seed(seed)
+    return [Sample(torch.randint(0, 250, (6,), generator=g).tolist(), [40, 41, 42, 43, 44][: 1 + i % 5])
+            for i in range(n)]
+
+
+def train(student: Student, index: int = 0, lam: float = 0.0, **overrides):
+    """A round of healing in a second; (factors, record)."""
+    settings = HealSettings(**(dict(r=4, epochs=2, lr=5e-3, band=(0.0, 1.0)) | overrides))
+    return heal(student, samples(), settings, lam, run_seed=0, round_index=index)

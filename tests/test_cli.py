@@ -19,14 +19,21 @@ def run(*args, module="steerheal.search"):
     return done.returncode, done.stdout + done.stderr
 
 
-def test_list_shows_every_space_and_loads_nothing_heavy():
+def test_list_shows_every_space():
     code, text = run("--list")
     assert code == 0
     for name in spaces.names():
         assert name in text and spaces.load(name).hypothesis in text
-    check = ("import sys, steerheal.search, steerheal.plan; "
-             "print([m for m in ('torch', 'ray', 'optuna', 'transformers') if m in sys.modules])")
-    assert subprocess.run([sys.executable, "-c", check], cwd=ROOT, capture_output=True, text=True).stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("flag", ["--list", "--help"])
+def test_listing_and_help_load_nothing_heavy(flag):
+    check = ("import atexit, sys; sys.argv = ['search', sys.argv[1]]; "
+             "atexit.register(lambda: print('HEAVY', [m for m in ('torch', 'ray', 'optuna', 'transformers', 'pandas', "
+             "'matplotlib', 'numpy') if m in sys.modules])); "
+             "from steerheal import search; search.main()")
+    done = subprocess.run([sys.executable, "-c", check, flag], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.splitlines()[-1] == "HEAVY []"
 
 
 @pytest.mark.parametrize("args,words", [
@@ -36,7 +43,14 @@ def test_list_shows_every_space_and_loads_nothing_heavy():
     (["quickstart", "--set", "heal.tau=0.5"], ["searches this setting"]),
     (["quickstart", "--set", "heal.r=0", "generate.top_k=0", "rounds=-1"],
      ["heal.r", "generate.top_k", "rounds", "3 problems"]),
-    (["quickstart", "--trials", "0", "--sampler", "magic"], ["--trials 0", "tpe, random"]),
+    (["quickstart", "--trials", "0", "--sampler", "magic"], ["--trials 0", "tpe, nsgaii, gp, random, grid"]),
+    (["quickstart", "--hours", "-1", "--confirm", "0", "--gpus-per-trial", "-1"],
+     ["--hours -1: must be above 0", "--confirm 0: must be at least 1", "--gpus-per-trial -1: must be at least 0"]),
+    (["quickstart", "--sampler", "grid"], ["heal.tau of space quickstart is a range", "tune.choice"]),
+    (["reg", "--trials", "22"], ["the grid of reg has 21 points"]),
+    (["--space", "nowhere.py"], ["nowhere.py: no such file"]),
+    (["quickstart", "--space", "a.py"], ["name one search space"]),
+    (["quickstart", "--status"], ["holds no search"]),
     (["quickstart", "--model", "no/such-model"], ["no/such-model", "smollm2-135m-instruct"]),
 ])
 def test_bad_input_is_a_sentence_with_a_way_out(args, words, tmp_path):
@@ -88,6 +102,8 @@ def test_overrides_are_remembered_and_changes_are_refused(tmp_path):
         make(tmp_path, model="other")
     with pytest.raises(UserError, match=r"rounds: 2 there, 5 now"):
         make(tmp_path, rounds=5)
+    with pytest.raises(UserError, match=r"--halving: None there, True now"):
+        make(tmp_path, halving=True)
     assert make(tmp_path, overrides={"heal.micro_batch": 1}).settings.heal.micro_batch == 1  # speed may change
     assert make(tmp_path, trials=50).trials == 50
 
@@ -105,13 +121,15 @@ def test_presets_of_the_big_model():
     assert (s.rounds, s.generate.max_new_tokens, s.evaluate.items, s.steer.contexts) == (8, 512, "tinymfv:classic", 256)
 
 
-@pytest.mark.parametrize("module", ["steerheal.run", "steerheal.pick", "steerheal.doctor", "analysis.pareto"])
+@pytest.mark.parametrize("module", ["steerheal.run", "steerheal.pick", "steerheal.doctor", "steerheal.clean",
+                                    "analysis.pareto", "analysis.waste", "benchmarks.halving", "benchmarks.samplers",
+                                    "benchmarks.grid", "analysis.report", "analysis.diary"])
 def test_every_command_has_help(module):
     code, text = run("--help", module=module)
     assert code == 0 and len(text) > 50
 
 
-def test_pick_and_pareto_refuse_folders_that_are_no_search(tmp_path):
-    for module in ("steerheal.pick", "analysis.pareto"):
+def test_what_reads_a_search_refuses_folders_that_are_no_search(tmp_path):
+    for module in ("steerheal.pick", "analysis.pareto", "analysis.report", "analysis.diary"):
         code, text = run(str(tmp_path), module=module)
         assert code == 2 and "holds no ledger" in text and "Traceback" not in text

@@ -9,7 +9,7 @@ from steerheal.display import Display
 
 def ledger(*rows):
     base = dict(state="running", end="", trait_gain=0.1, trait_gain_low=0.0, trait_gain_high=0.2, coherence_kept=1.0,
-                fluency_kept=1.0, verdict="heal", flags="", front=False)
+                fluency_kept=1.0, verdict="heal", warning="", flags="", front=False)
     table = pd.DataFrame([base | row for row in rows])
     table["round"] = table["round"].astype("Int64")
     return table

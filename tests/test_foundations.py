@@ -113,3 +113,32 @@ def test_steering_reaches_every_stage_of_the_readout(lm):
         far = foundations.evaluate(lm, ITEMS[:2], n_shots=0, think_tokens=think_tokens, vector=v, dose=2.0)
         torch.testing.assert_close(zero.tensors["logp"], plain.tensors["logp"])
         assert not torch.allclose(far.tensors["logp"], plain.tensors["logp"], atol=1e-2)
+
+
+def test_thoughts_that_end_without_an_answer_have_no_mass(lm, monkeypatch):
+    """Two of three rows spell out the end of their thoughts; one of these has answered before."""
+    spelled = chat.plain(lm.tokenizer, "</think> so")
+    answered = chat.plain(lm.tokenizer, PREFILL + 'care"}</think>')
+    real = foundations.think
+
+    def thinking(lm, prompts, budget, *rest):
+        seen = real(lm, prompts, budget, *rest)
+        seen.ids = [(spelled + [65] * budget)[:budget], (answered + [65] * budget)[:budget], seen.ids[2]]
+        return seen
+
+    before = foundations.evaluate(lm, ITEMS[:3], n_shots=0, think_tokens=80).tensors
+    monkeypatch.setattr(foundations, "think", thinking)
+    after = foundations.evaluate(lm, ITEMS[:3], n_shots=0, think_tokens=80).tensors
+    order = sorted(range(3), key=lambda i: len(ITEMS[i].text))  # rows think by length
+    silent, natural, other = order
+    assert (after["logp"][silent].exp() < 1e-40).all() and after["natural"][silent].sum() == 0
+    assert (after["natural"][natural] == 1).all() and after["logp"][natural].exp().sum() > 0
+    assert torch.equal(after["logp"][other], before["logp"][other])
+
+
+def test_free_answers_must_parse_and_name_a_foundation(lm):
+    good = ('This is wrong because {"violation": "care"}', '{ "violation" : "social", "why": "odd" } and so on')
+    bad = ("care", '{"violation": "kindness"}', '{"violation": care}', '{"answer": "care"}', "{}", "", '{"violation": "care"')
+    assert all(map(foundations.answers_in_json, good)) and not any(map(foundations.answers_in_json, bad))
+    got = foundations.free_answers(lm, ITEMS, n_shots=7, think_tokens=0)
+    assert got.tensors["valid"].tolist() == [foundations.answers_in_json(t) for t in got.record["texts"]]

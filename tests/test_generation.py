@@ -1,9 +1,12 @@
 import pytest
 import torch
+import transformers
 from conftest import make_lm
 
+from steerheal import generation
 from steerheal.generation import Sampling, _draw, generate, greedy
-from steerheal.steering import Vector
+from steerheal.packing import packed
+from steerheal.steering import Vector, steered
 
 PROMPTS = [[1, 2, 3], list(range(40)), [7], [9, 9, 9, 9, 9, 9], list(range(30, 5, -1))]
 
@@ -80,3 +83,73 @@ def test_nucleus_sampling_has_the_right_distribution():
 def test_sampling_without_seeds_is_refused(lm):
     with pytest.raises(ValueError, match="one seed per row"):
         generate(lm, PROMPTS, Sampling(3), [1])
+
+
+LONG = [[*range(40), *tail] for tail in ([1, 2, 3], [7], [9, 9, 9, 9, 9, 9], list(range(30, 5, -1)))]
+
+
+@torch.no_grad()
+def test_a_shared_beginning_is_run_once_and_changes_nothing(any_lm):
+    sizes = []
+    handle = any_lm.decoder.register_forward_pre_hook(lambda m, a, kw: sizes.append(kw["input_ids"].shape), with_kwargs=True)
+    v = Vector({1: torch.randn(32, generator=torch.Generator().manual_seed(0))})
+    together = generate(any_lm, LONG, greedy(12), vector=v, doses=[0.5] * 4)
+    handle.remove()
+    for prompt, got in zip(LONG, together):
+        assert generate(any_lm, [prompt], greedy(12), vector=v, doses=[0.5])[0] == got
+    assert (sizes[0] == (1, 40)) == (not any_lm.name.startswith("tiny-gemma"))  # windows count places in the cache
+
+
+@torch.no_grad()
+def test_the_dose_halves_along_the_completion(lm):
+    """Token by token with a full forward pass, each token's states steered by the dose of its own step."""
+    v = Vector({1: 3 * torch.randn(32, generator=torch.Generator().manual_seed(0))})
+    ids = list(PROMPTS[1])
+    cache = transformers.DynamicCache()
+    new = ids
+    for step in range(10):
+        with steered(lm, v, 2.0 * 0.5 ** (step / 3)):
+            states = lm.decoder(input_ids=torch.tensor([new]), past_key_values=cache, use_cache=True).last_hidden_state
+        logits = lm.logits(states[:, -1])
+        logits[:, lm.banned] = -torch.inf
+        new = [int(logits.argmax())]
+        if new[0] in lm.eos_ids:
+            break
+        ids += new
+    got = generate(lm, [PROMPTS[1]], greedy(10), vector=v, doses=[2.0], half_life=3)[0]
+    assert got.ids == ids[len(PROMPTS[1]) :] and got != generate(lm, [PROMPTS[1]], greedy(10), vector=v, doses=[2.0])[0]
+
+
+def test_a_batch_that_does_not_fit_is_halved_and_that_is_remembered(lm, monkeypatch):
+    want = generate(lm, PROMPTS, Sampling(8), [1, 2, 3, 4, 5])
+    sizes = []
+
+    def small_card(module, args, kwargs):
+        sizes.append(len(kwargs["input_ids"]))
+        if sizes[-1] > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(generation, "_fits", {})
+    handle = lm.decoder.register_forward_pre_hook(small_card, with_kwargs=True)
+    assert generate(lm, PROMPTS, Sampling(8), [1, 2, 3, 4, 5]) == want
+    tried = max(sizes)
+    sizes.clear()
+    assert generate(lm, PROMPTS, Sampling(8), [1, 2, 3, 4, 5]) == want
+    handle.remove()
+    assert tried == 5 and max(sizes) == 2
+    handle = lm.decoder.register_forward_pre_hook(lambda m, a: (_ for _ in ()).throw(torch.OutOfMemoryError("no")))
+    with pytest.raises(torch.OutOfMemoryError):
+        generate(lm, PROMPTS, Sampling(8), [1, 2, 3, 4, 5])
+    handle.remove()
+
+
+@torch.no_grad()
+def test_packed_weights_give_the_same_states_and_leave_no_trace():
+    lm = make_lm(dtype=torch.bfloat16)
+    ids = torch.tensor([LONG[0], LONG[0][::-1]])
+    plain = lm.model(ids).logits
+    with packed(lm, 2):
+        inside = lm.model(ids).logits
+        assert "forward" in vars(lm.blocks[0].mlp.up_proj)
+    torch.testing.assert_close(inside, plain, atol=0.2, rtol=0.02)  # bfloat16 steps of logits around 10
+    assert torch.equal(lm.model(ids).logits, plain) and "forward" not in vars(lm.blocks[0].mlp.up_proj)

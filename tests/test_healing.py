@@ -1,25 +1,14 @@
+import contextlib
+import sys
+
 import pytest
 import torch
-from conftest import make_lm
+from conftest import IDS, make_lm, samples, train
 
-from steerheal import healing, history
-from steerheal.healing import Sample, heal
-from steerheal.history import Student, fold
+from steerheal import healing
+from steerheal.healing import heal
+from steerheal.history import Student
 from steerheal.settings import HealSettings
-
-SMALL = dict(r=4, epochs=2, lr=5e-3, band=(0.0, 1.0))
-IDS = torch.tensor([[5, 6, 7, 8, 9]])
-
-
-def samples(n=12, seed=0):
-    g = torch.Generator().manual_seed(seed)
-    return [Sample(torch.randint(0, 250, (6,), generator=g).tolist(), [40, 41, 42, 43, 44][: 1 + i % 5])
-            for i in range(n)]
-
-
-def train(student, index=0, lam=0.0, **overrides):
-    settings = HealSettings(**(SMALL | overrides))
-    return heal(student, samples(), settings, lam, run_seed=0, round_index=index)
 
 
 def test_it_learns(any_lm):
@@ -45,21 +34,6 @@ def test_training_goes_on_after_the_first_step_in_bfloat16():
     # autocast caches casts of the weights unless told otherwise, and would train against stale copies
     _, record = train(Student(make_lm(dtype=torch.bfloat16)), epochs=6, barrier="nll", lr=2e-2)
     assert record["val_nll"][-1] < record["val_nll"][0] - 0.5
-
-
-def test_base_is_bit_identical_whatever_was_learned(any_lm):
-    before = any_lm.model(IDS).logits
-    student = Student(any_lm)
-    rounds = []
-    for r in range(2):
-        factors, _ = train(student, r)
-        rounds.append(factors)
-        student.load_history(rounds)
-        assert not torch.equal(any_lm.model(IDS).logits, before)
-        with student.base():
-            assert torch.equal(any_lm.model(IDS).logits, before)
-    student.load_history([])
-    assert torch.equal(any_lm.model(IDS).logits, before)
 
 
 def test_the_barrier_holds_the_student_near_its_reference(lm):
@@ -90,7 +64,7 @@ def test_one_step_against_autograd_by_hand(lm):
     """The accumulated gradient of one effective batch equals that of the written-out loss."""
     student = Student(lm)
     batch = samples(6)
-    settings = HealSettings(**SMALL, tau=0.05, micro_batch=4)
+    settings = HealSettings(r=4, tau=0.05, micro_batch=4)
     parameters = student.start_round(student.targets(0, 1), 4, 0, 0)
     with torch.no_grad():
         for p in parameters[1::2]:
@@ -126,78 +100,187 @@ def test_spectral_norm_is_the_largest_singular_value():
     assert all(torch.isfinite(p.grad).all() for p in zero)
 
 
-def test_a_loss_that_is_not_finite_names_step_and_way_out(lm):
-    with pytest.raises(FloatingPointError, match=r"step \d+ .*heal.lr"):
-        train(Student(lm), lr=1.0, epochs=50, lam=1e38, tau=0.0)
-
-
-def test_folding_equals_stacking_and_pefts_own_concatenation(lm):
-    from peft import PeftModel
-
-    student = Student(lm)
-    rounds = [train(student, r)[0] for r in range(3)]
-    student.load_history(rounds)
-    folded = lm.model(IDS).logits
-    total = {p: sum(f[p][1] @ f[p][0] for f in rounds) for p in rounds[0]}
-    both = fold(rounds)
-    for p, (a, b) in both.items():
-        assert a.shape[0] == 12
-        torch.testing.assert_close(b @ a, total[p], atol=1e-5, rtol=1e-4)
-    assert issubclass(PeftModel, torch.nn.Module)
-    fresh = make_lm()
-    for p, update in total.items():
-        fresh.model.get_submodule(p).weight.data += update
-    torch.testing.assert_close(fresh.model(IDS).logits, folded, atol=1e-3, rtol=1e-3)
-
-
-def test_merging_for_generation_gives_the_exact_bits_back(any_lm):
-    student = Student(any_lm)
-    factors, _ = train(student)
-    student.load_history([factors])
-    weights = {n: p.clone() for n, p in any_lm.model.named_parameters()}
-    before = any_lm.model(IDS).logits
-    with student.merged():
-        torch.testing.assert_close(any_lm.model(IDS).logits, before, atol=1e-3, rtol=1e-3)
-        assert any(not torch.equal(p, weights[n]) for n, p in any_lm.model.named_parameters())
-    assert all(torch.equal(p, weights[n]) for n, p in any_lm.model.named_parameters())
-    assert torch.equal(any_lm.model(IDS).logits, before)
-
-
-@pytest.mark.parametrize("architecture", ["llama", "gemma3"])
-def test_exports_load_in_plain_peft(architecture, tmp_path):
-    from peft import PeftModel
-
-    lm = make_lm(architecture)
-    student = Student(lm)
-    rounds = [train(student, r)[0] for r in range(2)]
-    student.load_history(rounds)
-    want = lm.model(IDS).logits
-    history.export(fold(rounds), tmp_path / "a", "tiny")
-    loaded = PeftModel.from_pretrained(make_lm(architecture).model, tmp_path / "a")
-    torch.testing.assert_close(loaded(IDS).logits, want, atol=1e-6, rtol=1e-6)
-
-
-def test_lora_reaches_every_linear_layer_of_the_band_and_nothing_else():
-    lm = make_lm("gemma3", layers=10)
-    paths = Student(lm).targets(0.2, 0.8)
-    assert {int(p.split("layers.")[1].split(".")[0]) for p in paths} == set(range(2, 8))
-    assert len(paths) == 6 * 7 and not any("vision" in p or "head" in p for p in paths)
-
-
-def test_a_second_student_on_a_resident_model_starts_clean(lm):
+def test_a_loss_that_is_not_finite_names_step_sample_and_way_out_and_leaves_the_student_sane(lm):
     before = lm.model(IDS).logits
     student = Student(lm)
-    factors, _ = train(student)
-    student.load_history([factors])
-    again = Student(lm)
+    with pytest.raises(FloatingPointError, match=r"step \d+ of \d+, sample \d+.*heal.lr"):
+        train(student, lr=1.0, epochs=50, lam=1e38, tau=0.0)
     assert torch.equal(lm.model(IDS).logits, before)
-    assert set(again.linears) == set(student.linears)
-    repeated, _ = train(again)
-    for p in factors:
-        torch.testing.assert_close(repeated[p], factors[p])
+    assert not any("round" in layer.lora_A for layer in student.layers.values())
 
 
-def test_order_and_init_do_not_depend_on_tuned_settings(lm):
+def test_the_sample_that_broke_the_loss_is_named(lm, monkeypatch):
+    whole, step, broken = samples(), healing._states_with_grad, 5
+
+    def states(student, part):
+        out = step(student, part)
+        return out * (float("nan") if whole[broken] in part else 1.0) if len(part) == 1 else out
+
+    monkeypatch.setattr(healing, "_states_with_grad", states)
+    for run_seed in range(2):  # whatever the order
+        with pytest.raises(FloatingPointError, match=f"sample {broken}\\."):
+            heal(Student(lm), whole, HealSettings(r=4, band=(0.0, 1.0), micro_batch=1, batch=4), 1.0, run_seed, 0)
+
+
+def test_an_idle_and_an_overbearing_barrier_are_told_in_a_sentence(lm):
+    _, record = train(Student(lm), lam=1.0, tau=50.0)
+    assert record["duty"] == 0 and "never fired" in record["warning"] and "heal.tau = 50" in record["warning"]
+    _, record = train(Student(lm), lam=1e4, tau=0.0, epochs=10)  # 20 steps: pressure is measured at 0, 8 and 16
+    assert "outweighed" in record["warning"] and "heal.lam (now 10000)" in record["warning"]
+    _, record = train(Student(lm), lam=0.05, tau=0.01, epochs=10)
+    assert record["duty"] > 0 and record["warning"] is None
+    _, record = train(Student(lm), barrier="nll")
+    assert record["warning"] is None and record["duty"] == 0
+
+
+# ---------------------------------------------------------------- batches
+
+
+def test_batches_group_by_length_and_depend_on_seed_round_and_epoch_alone():
+    g = torch.Generator().manual_seed(0)
+    lengths = {i: int(n) for i, n in enumerate(torch.randint(10, 500, (50,), generator=g))}
+    found = healing.batches(lengths, 6, 0, 0, 0)
+    assert sorted(i for batch in found for i in batch) == list(range(50))
+    assert sorted(map(len, found)) == [2] + [6] * 8
+    padded = lambda bs: sum(len(b) * max(lengths[i] for i in b) for b in bs)  # noqa: E731
+    shuffled = [list(range(k, min(k + 6, 50))) for k in range(0, 50, 6)]
+    assert padded(found) < 1.25 * sum(lengths.values()) < padded(shuffled)
+    means = [sum(lengths[i] for i in b) / len(b) for b in found]
+    assert means != sorted(means) and means != sorted(means)[::-1]
+    assert found == healing.batches(lengths, 6, 0, 0, 0)
+    others = [healing.batches(lengths, 6, *key) for key in ((1, 0, 0), (0, 1, 0), (0, 0, 1))]
+    assert all({frozenset(b) for b in found} != {frozenset(b) for b in other} for other in others)
+
+
+def test_order_does_not_depend_on_tuned_settings(lm):
+    order = lambda **o: [row["samples"] for row in train(Student(lm), **o)[1]["steps"]]  # noqa: E731
+    first = order()
+    assert first == order(lr=1e-4, tau=2.0, aggregate="max", barrier="kl_fwd", r=2, lam=3.0, weight_decay=1.0,
+                          micro_batch=1, ref="base")
+    assert first == order(barrier="nll")
+
+
+# ---------------------------------------------------------------- the reference
+
+
+@pytest.mark.parametrize("ref", ["base", "prev"])
+def test_the_reference_made_once_equals_one_made_at_every_step(any_lm, ref):
+    student = Student(any_lm)
+    student.load_history([train(student)[0]])
+    student.load_history([train(student, 1)[0]])
+    some = samples()
+    found = healing._reference_states(student, some, ref)
+    with student.base() if ref == "base" else torch.no_grad():
+        for s, states in zip(some, found):
+            want = any_lm.decoder(input_ids=torch.tensor([s.inputs]), use_cache=False).last_hidden_state[0, 5:]
+            torch.testing.assert_close(states, want, atol=1e-4, rtol=1e-3)
+
+
+def test_the_divergence_is_zero_from_the_chosen_reference(lm):
+    student = Student(lm)
+    student.load_history([train(student)[0]])
+    prev, base = (train(student, 1, ref=ref, tau=0.0)[1]["steps"][0]["D"] for ref in ("prev", "base"))
+    assert max(prev) == pytest.approx(1e-4, abs=1e-6)
+    assert min(base) > 1e-3
+
+
+# ---------------------------------------------------------------- early stop, memory
+
+
+def test_early_stop_keeps_the_best_epoch(lm, monkeypatch):
+    student, seen = Student(lm), []
+    script = iter([5.0, 3.0, 2.0, 2.5, 2.1, 1.0])
+
+    def validation(student, held_out):
+        seen.append({path: layer.lora_B["round"].weight.detach().clone() for path, layer in student.layers.items()})
+        return next(script)
+
+    monkeypatch.setattr(healing, "_validation_nll", validation)
+    factors, record = train(student, epochs=9, early_stop=2)
+    assert record["val_nll"] == [5.0, 3.0, 2.0, 2.5, 2.1] and len(record["train_nll"]) == 4
+    for path, (_, b) in factors.items():
+        assert torch.equal(b, 2.0 * seen[2][path])
+        assert not torch.equal(b, 2.0 * seen[4][path])
+
+
+def test_checkpointing_changes_memory_and_nothing_else(any_lm):
+    def saved(checkpointing):
+        student = Student(any_lm)
+        student.start_round(student.targets(0, 1), 4, 0, 0)
+        total = []
+        with (torch.autograd.graph.saved_tensors_hooks(lambda t: total.append(t.numel()) or t, lambda t: t),
+              healing._checkpointing(any_lm) if checkpointing else contextlib.nullcontext()):
+            healing._states_with_grad(student, samples(6))
+        student.finish_round()
+        return sum(total)
+
+    (a, ra), (b, rb) = (train(Student(any_lm), lam=1.0, tau=0.01, gradient_checkpointing=c) for c in (False, True))
+    assert ra == rb
+    assert all(torch.equal(x, y) for path in a for x, y in zip(a[path], b[path]))
+    assert saved(True) < 0.3 * saved(False)
+    assert not any(block.training or block.gradient_checkpointing for block in any_lm.blocks)
+
+
+def test_out_of_memory_halves_the_micro_batch_and_keeps_batch_and_objective(lm, monkeypatch):
+    want, plain = train(Student(lm), lam=1.0, tau=0.01, spectral_lam=0.1)
+    real, sizes = healing._states_with_grad, []
+
+    def cramped(student, part):
+        assert sys.exc_info()[0] is None  # a retry inside the except block would keep the failed step's tensors alive
+        sizes.append(len(part))
+        if len(part) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(student, part)
+
+    monkeypatch.setattr(healing, "_states_with_grad", cramped)
+    got, record = train(Student(lm), lam=1.0, tau=0.01, spectral_lam=0.1)
+    assert sizes[:2] == [6, 3] and set(sizes[2:]) == {1}  # found once, kept
+    assert (plain["micro_batch"], record["micro_batch"]) == (6, 1)
+    assert [r["samples"] for r in record["steps"]] == [r["samples"] for r in plain["steps"]]
+    for x, y in zip(plain["steps"], record["steps"]):
+        assert y["loss"] == pytest.approx(x["loss"], rel=1e-3)
+        assert y["gradient_norm"] == pytest.approx(x["gradient_norm"], rel=1e-2)
+    for path in want:
+        torch.testing.assert_close(got[path], want[path], atol=1e-3, rtol=1e-2)
+
+
+def test_out_of_memory_in_the_middle_of_a_batch_counts_nothing_twice(lm, monkeypatch):
+    student, batch = Student(lm), samples(6)
+    parameters = student.start_round(student.targets(0, 1), 4, 0, 0)
+    real, calls = healing._states_with_grad, []
+    want = healing._step(student, parameters, batch, None, HealSettings(barrier="nll"), 0.0, False, 2)
+    grads = [p.grad.clone() for p in parameters]
+    for p in parameters:
+        p.grad = None
+
+    def fails_once(student, part):
+        calls.append(len(part))
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(student, part)
+
+    monkeypatch.setattr(healing, "_states_with_grad", fails_once)
+    row, fits = healing._step_that_fits(student, parameters, batch, None, HealSettings(barrier="nll"), 0.0, False, 2)
+    assert fits == 1 and calls == [2, 2] + [1] * 6
+    assert row["loss"] == pytest.approx(want["loss"], rel=1e-5)
+    for p, g in zip(parameters, grads):
+        torch.testing.assert_close(p.grad, g, atol=1e-5, rtol=1e-3)
+
+
+def test_a_model_too_large_for_one_completion_ends_and_leaves_the_student_sane(lm, monkeypatch):
+    before = lm.model(IDS).logits
+
+    def never(student, part):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(healing, "_states_with_grad", never)
+    with pytest.raises(torch.OutOfMemoryError):
+        train(Student(lm))
+    assert torch.equal(lm.model(IDS).logits, before)
+    assert not any(p.requires_grad for p in lm.model.parameters())
+
+
+def test_the_init_depends_on_seed_and_round_alone(lm):
     student = Student(lm)
     a = student.start_round(student.targets(0, 1), 4, 7, 1)
     first = [p.detach().clone() for p in a]

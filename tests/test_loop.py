@@ -29,10 +29,10 @@ def test_whole_loop_on_every_architecture(tmp_path, architecture):
     for r in rounds:
         numbers = [v for v in r.row().values() if isinstance(v, float)]
         assert np.isfinite(numbers).all()
-    with loop.student.base():
+    with loop.bench.student.base():
         assert torch.equal(lm.model(ids).logits, before)  # base is one gate away, to the bit
     assert not torch.equal(lm.model(ids).logits, before)
-    touched = {path for path in loop.student.layers}
+    touched = {path for path in loop.bench.student.layers}
     assert touched and all(path.startswith(lm.blocks_path) for path in touched)
     assert not any("vision" in path or "head" in path for path in touched)
 
@@ -85,7 +85,7 @@ def test_starved_is_a_named_end(tmp_path, monkeypatch):
     from steerheal import filtering
 
     monkeypatch.setattr(filtering, "MIN_TOKENS", 1000)
-    monkeypatch.setattr(filtering, "default_gate", lambda ppl: 100.0)
+    monkeypatch.setattr(filtering, "gates", lambda scores, settings: filtering.Gates(100.0, 100.0))
     loop, rounds, _ = run(tmp_path)
     assert rounds == [] and loop.end == "starved"
 
@@ -93,8 +93,10 @@ def test_starved_is_a_named_end(tmp_path, monkeypatch):
 def test_the_order_of_work_in_a_round(tmp_path):
     loop, _, events = run(tmp_path, rounds=1)
     stages = [s for s, _ in computed(events)]
-    assert stages[:2] == ["completions", "scores"]  # the perplexity gate
-    assert stages[-6:] == ["heal", "foundations", "conduct", "foundations", "conduct", "fluency"]
+    assert stages[:2] == ["completions", "scores"]  # the gates
+    assert stages[-12:] == ["log_ratio", "heal", "foundations", "conduct", "diary",  # steered
+                            "foundations", "conduct", "fluency", "free_answers", "diary",  # healed
+                            "states", "states"]
     assert loop.baselines().rows()[0]["label"] == "base"
 
 

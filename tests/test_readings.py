@@ -1,7 +1,11 @@
+from pathlib import Path
+
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
+from steerheal.evaluation import readings
 from steerheal.evaluation.readings import Reading, _weights
 from steerheal.personas import FOUNDATIONS
 from steerheal.stages import Result
@@ -32,11 +36,11 @@ def test_definitions_against_loops_in_float64():
     assert r.value("fluency") == pytest.approx(r.fluent.mean())
 
 
-def test_intervals_against_scipyless_bootstrap_theory():
+def test_intervals_of_a_mean_are_student_s():
     r, _ = make(seed=3)
     e = r.estimate("conduct_nats")
-    se = r.conduct.std() / len(r.conduct) ** 0.5  # the bootstrap's own standard error of a mean
-    assert e.high - e.low == pytest.approx(2 * 1.96 * se, rel=0.1)
+    t = 2.201  # t(0.975, 11) of a printed table
+    assert e.high - e.low == pytest.approx(2 * t * r.conduct.std(ddof=1) / len(r.conduct) ** 0.5, rel=0.1)
     assert e.low < e.value < e.high
 
 
@@ -68,3 +72,27 @@ def test_auc_against_counting_pairs():
 def test_resampling_weights_are_shared_and_normalised():
     w = _weights(20)
     assert np.allclose(w.sum(1), 1) and w is _weights(20) and np.allclose(w[0], 1 / 20)
+
+
+def test_student_levels_against_the_table():
+    """Phi(-sqrt(n / (n - 1)) t(0.025, n - 1)), t from a printed table."""
+    from statistics import NormalDist
+
+    for n, t in ((8, 2.3646), (24, 2.0687), (70, 1.9949)):
+        want = 100 * NormalDist().cdf(-((n / (n - 1)) ** 0.5) * t)
+        assert readings._levels(n) == pytest.approx((want, 100 - want), rel=0.03)
+
+
+def test_intervals_cover_on_real_skewed_items():
+    """The items of two real models, raw-steered or not, as populations; samples of the sizes a search uses."""
+    table = pd.read_csv(Path(__file__).parent / "data" / "items.csv")
+    covered = {}
+    for (model, dose, readout), rows in table.groupby(["model", "dose", "readout"]):
+        population = rows["value"].to_numpy()
+        n = 24 if readout in ("conduct", "control") else 70
+        samples = np.random.default_rng(0).choice(population, (4000, n))
+        resampled = samples @ _weights(n)[:2001].T
+        low, high = np.percentile(resampled[:, 1:], readings._levels(n), axis=1)
+        covered[model, dose, readout] = np.mean((low <= population.mean()) & (population.mean() <= high))
+        assert readings.mean(samples[0])[1:] == pytest.approx((low[0], high[0]), abs=0.1 * (high[0] - low[0]))
+    assert len(covered) == 16 and all(0.92 <= c <= 0.97 for c in covered.values()), covered

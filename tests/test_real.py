@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from steerheal import history, models, personas, steering
+from steerheal import history, models, persona_lint, personas, steering, weights
 from steerheal.evaluation import conduct
 from steerheal.loop import HealLoop
 from steerheal.settings import from_flat
@@ -65,14 +65,23 @@ def test_an_exported_adapter_gives_the_logits_that_were_scored(lm, store, tmp_pa
 
     loop = HealLoop(from_flat(SMALL | {"heal.tau": 1.0}), lm, store)
     chain = next(iter(loop.rounds())).chain
-    loop._be(chain)
+    loop.bench._be(chain)
     ids = torch.tensor([lm.tokenizer("The inspector looked at the gate and").input_ids])
     with torch.no_grad():
         scored = lm.model(ids).logits
-        factors = history.fold([history.from_tensors(loop.stored(d).tensors) for d in chain])
+        factors = history.fold([history.from_tensors(loop.bench.stored(d).tensors) for d in chain])
         history.export(factors, tmp_path / "adapter", MODEL)
         base = AutoModelForCausalLM.from_pretrained(locate(MODEL), dtype=torch.bfloat16)
         plain = base(ids).logits
         loaded = PeftModel.from_pretrained(base, tmp_path / "adapter")(ids).logits
     assert torch.equal(loaded, scored)
     assert not torch.equal(loaded, plain)
+
+
+def test_replies_are_matched_in_tokens():
+    tokenizers = ["smollm2-135m-instruct"]
+    if weights._converted(weights.cache_dir() / "qwen2.5-coder-1.5b-instruct"):  # over a gigabyte: checked where it is at hand
+        tokenizers.append("qwen2.5-coder-1.5b-instruct")
+    for name in tokenizers:
+        for trait in personas.builtin():
+            assert persona_lint.token_problems(personas.load(trait), persona_lint._tokenizer(name)) == []

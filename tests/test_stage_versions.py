@@ -15,7 +15,12 @@ ROOT = Path(__file__).parent.parent / "steerheal"
 RECORD = Path(__file__).parent / "stage_sources.json"
 SHARED = ("chat.py", "forward.py", "models.py")
 SOURCES = {
-    "vector": ("steering.py", *SHARED),
+    "vector": ("steering.py", "upstream.py", *SHARED),
+    "states": ("steering.py", "history.py", *SHARED),
+    "kl_dose": ("calibration.py", "steering.py", *SHARED),
+    "log_ratio": ("steering.py", "history.py", *SHARED),
+    "diary": ("generation.py", "steering.py", "history.py", *SHARED),
+    "free_answers": ("evaluation/foundations.py", "generation.py", "steering.py", "history.py", *SHARED),
     "completions": ("generation.py", "steering.py", "history.py", *SHARED),
     "scores": ("filtering.py", "history.py", *SHARED),
     "heal": ("healing.py", "divergence.py", "history.py", *SHARED),

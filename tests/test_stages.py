@@ -64,6 +64,36 @@ def test_damaged_files_are_set_aside_and_recomputed(tmp_path, damage):
     assert store.stage("vector", dict(a=1), lambda: pytest.fail("not stored")).record == dict(value=1.0)
 
 
+def test_any_flipped_bit_in_the_head_is_noticed(tmp_path):
+    store = Store(tmp_path)
+    digest = store.stage("vector", dict(a=1), compute).digest
+    data = store.path(digest).read_bytes()
+    for bit in range(8 * (data.index(b"\n") + 1)):
+        flipped = bytearray(data)
+        flipped[bit // 8] ^= 1 << bit % 8
+        store.path(digest).write_bytes(flipped)
+        assert store.load(digest) is None, bit
+
+
+def test_what_a_killed_writer_left_goes_when_its_stage_is_computed(tmp_path):
+    store = Store(tmp_path)
+    path = store.path(stages.digest_of("vector", dict(a=1)))
+    path.parent.mkdir(parents=True)
+    path.with_name(f".{path.name}.4711.tmp").write_bytes(b"half")
+    store.stage("vector", dict(a=1), compute)
+    assert [p for p in path.parent.iterdir()] == [path]
+
+
+def test_a_reader_of_a_damaged_file_leaves_the_mended_one_alone(tmp_path):
+    store = Store(tmp_path)
+    digest = store.stage("vector", dict(a=1), compute).digest
+    store.path(digest).write_bytes(b"torn")
+    assert store.load(digest) is None  # read before it is mended,
+    Store(tmp_path).stage("vector", dict(a=1), compute)
+    assert store.stage("vector", dict(a=1), lambda: pytest.fail("computed again")).record == dict(value=1.0)  # used after
+    assert len(list(tmp_path.rglob("*.damaged"))) == 1
+
+
 def test_a_failed_computation_leaves_nothing(tmp_path):
     store = Store(tmp_path)
     with pytest.raises(RuntimeError):

@@ -3,6 +3,7 @@ import torch
 from conftest import make_lm
 
 from steerheal import chat, steering
+from steerheal.errors import UserError
 from steerheal.steering import Vector, extract, steered
 
 
@@ -44,12 +45,40 @@ def test_every_row_gets_its_own_dose_at_every_position(any_lm):
     assert torch.equal(seen["x"], plain)  # nothing is left behind
 
 
+def test_the_gate_leaves_unrelated_states_alone(lm):
+    direction = torch.randn(32, generator=torch.Generator().manual_seed(0))
+    seen = []
+
+    def states_of(vector):
+        with steered(lm, vector, 2.0):
+            handle = lm.blocks[1].register_forward_hook(lambda module, args, out: seen.append(out))
+            lm.decoder(input_ids=torch.tensor([[5, 6, 7, 8, 9]]))
+            handle.remove()
+        return (seen[-1][0] if isinstance(seen[-1], tuple) else seen[-1]).reshape(5, -1).double()
+
+    h, v = states_of(None), direction.double()
+    cos = (h @ v) / (h.norm(dim=-1) * v.norm())
+    got = states_of(Vector({1: direction}, "cosine_gated"))
+    torch.testing.assert_close(got, h + 2.0 * cos.abs()[:, None] * v, atol=1e-5, rtol=1e-5)
+
+
 def test_vectors_survive_their_tensors_and_know_their_angle():
     a = Vector({1: torch.tensor([1.0, 0.0]), 2: torch.tensor([0.0, 2.0])})
-    assert Vector.from_tensors(a.tensors()).cosine(a) == pytest.approx(1.0)
-    assert a.cosine(Vector({1: torch.tensor([0.0, 1.0]), 2: torch.tensor([1.0, 0.0])})) == pytest.approx(0.0)
-    assert a.norm == pytest.approx(5**0.5)
+    assert steering.cosine(Vector.from_tensors(a.tensors()), a) == pytest.approx(1.0)
+    assert steering.cosine(a, Vector({1: torch.tensor([0.0, 1.0]), 2: torch.tensor([1.0, 0.0])})) == pytest.approx(0.0)
     assert all(v.norm() == pytest.approx(1.0) for v in a.normalised().layers.values())
+
+
+def test_vector_files_go_round(tmp_path):
+    a = Vector({15: torch.randn(8), 3: torch.randn(8)}, "cosine_gated")
+    steering.save(a, tmp_path / "v.safetensors", 2.5)
+    b = steering.load(tmp_path / "v.safetensors")
+    assert b.method == "cosine_gated" and all(torch.equal(a.layers[i], b.layers[i]) for i in (3, 15))
+    (tmp_path / "no.safetensors").write_bytes(b"no vector")
+    with pytest.raises(UserError, match="no vector file"):
+        steering.load(tmp_path / "no.safetensors")
+    with pytest.raises(UserError, match="no vector file"):
+        steering.load(tmp_path / "absent.safetensors")
 
 
 def test_layers_of_gemma_3_4b_are_15_16_17():

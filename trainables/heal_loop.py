@@ -20,7 +20,7 @@ from ray import tune
 
 from steerheal.errors import Stop, UserError
 from steerheal.settings import from_flat
-from steerheal.stages import Event, Store
+from steerheal.stages import Event, Store, atomic_write, disk_error
 
 
 class HealTrial(tune.Trainable):
@@ -82,11 +82,13 @@ class HealTrial(tune.Trainable):
         except Exception as error:
             oom = type(error).__name__ == "OutOfMemoryError"  # torch's: CUDA ran out
             log = self.folder / "errors" / f"trial-{self.index}.txt"
-            log.parent.mkdir(exist_ok=True)
-            log.write_text(traceback.format_exc())
             result |= dict(end="out of memory" if oom else "error",
                            error=f"{type(error).__name__}: {error} (traceback in {log})")
-            self._note(result["error"], "error")
+            try:
+                atomic_write(log, traceback.format_exc().encode())
+                self._note(result["error"], "error")
+            except UserError as full:
+                result |= dict(error=str(full), fatal=True)
         result["done"] = bool(result["end"])
         self.last = result
         return result
@@ -102,12 +104,15 @@ class HealTrial(tune.Trainable):
             line |= dict(stage=event.stage, digest=event.digest, seconds=round(event.seconds, 3))
             if event.note:
                 line["note"] = event.note
-        self.events.parent.mkdir(parents=True, exist_ok=True)
-        with self.events.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        try:
+            self.events.parent.mkdir(parents=True, exist_ok=True)
+            with self.events.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise disk_error(self.events, error) from error
 
     def save_checkpoint(self, checkpoint_dir: str) -> dict[str, Any]:
-        return dict(chain=[] if self.loop is None else list(self.loop._loaded))
+        return dict(chain=[] if self.loop is None else list(self.loop.bench.loaded))
 
     def load_checkpoint(self, checkpoint: dict[str, Any] | None) -> None:
         """Nothing: a trial that starts again replays its finished stages from the store."""

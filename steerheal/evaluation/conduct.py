@@ -18,11 +18,11 @@ from steerheal.forward import token_logps
 from steerheal.models import LM
 from steerheal.personas import Dilemma
 from steerheal.stages import Result
-from steerheal.steering import Vector, steered
+from steerheal.steering import Steers, steered
 
 
 def evaluate(lm: LM, conduct: Sequence[Dilemma], controls: Sequence[Dilemma], *, system: str = chat.NEUTRAL,
-             vector: Vector | None = None, dose: float = 0.0) -> Result:
+             vector: Steers | None = None, dose: float = 0.0) -> Result:
     """Score every reply of every pair.
 
     Returns:

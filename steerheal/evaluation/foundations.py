@@ -14,6 +14,9 @@ the vignette stands before the list, and `think_tokens` of greedy thinking prece
 
 from __future__ import annotations
 
+import contextlib
+import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -23,12 +26,12 @@ from torch import Tensor
 from steerheal import chat
 from steerheal.errors import UserError
 from steerheal.forward import hidden_states
-from steerheal.generation import think
+from steerheal.generation import generate, greedy, think
 from steerheal.models import LM
 from steerheal.personas import FOUNDATIONS, Vignette
 from steerheal.personas import shots as worked_examples
 from steerheal.stages import Result
-from steerheal.steering import Vector, steered
+from steerheal.steering import Steers, steered
 
 PREFILL = 'This is wrong because {"violation": "'
 QUESTION = "Which moral foundation does this violate, if any?"
@@ -44,6 +47,9 @@ GLOSSES = {
 THINK_OPEN, THINK_CLOSE = "<think>\n", "</think>"
 INTERRUPTION = "Just answer"
 ROWS = 32  # vignettes that think together
+NO_MASS = -100.0  # log-probability of each answer where there was none: no mass, and no say in the mean of the frames
+FREE_TOKENS = 32  # of a free answer, beyond the thoughts
+OBJECT = re.compile(r"\{[^{}]*\}")
 
 
 @dataclass(frozen=True)
@@ -61,12 +67,13 @@ class Wording:
 
 
 def evaluate(lm: LM, items: Sequence[Vignette], *, n_shots: int, think_tokens: int, system: str = chat.NEUTRAL,
-             vector: Vector | None = None, dose: float = 0.0, wording: Wording | None = None) -> Result:
+             vector: Steers | None = None, dose: float = 0.0, wording: Wording | None = None) -> Result:
     """Ask every vignette in both frames.
 
     An answer that the model gives by itself, prefill included, within its thinking budget is read where it stands;
-    otherwise it is interrupted. Neither an end token nor the end of a thinking block can be thought, so that every
-    state, steered or not, is read at the same place.
+    otherwise it is interrupted. Neither an end token nor the token that ends a thinking block can be thought, so that
+    every state, steered or not, is read at the same place. A model that spells out the end of its thoughts and gives
+    no answer has finished without one: that counts as zero mass.
 
     Returns:
         tensors: logp [items, 2 frames, 7] at the answer slot, prefill_nll [items, 2] in nats per token,
@@ -89,7 +96,7 @@ def evaluate(lm: LM, items: Sequence[Vignette], *, n_shots: int, think_tokens: i
 Answer = tuple[int, Tensor, Tensor, float]  # item, logp of the answers, prefill NLL, 1 where it came by itself
 
 
-def _read(lm: LM, prompts: list[list[int]], answers: list[int], think_tokens: int, vector: Vector | None, dose: float,
+def _read(lm: LM, prompts: list[list[int]], answers: list[int], think_tokens: int, vector: Steers | None, dose: float,
           wording: Wording) -> Iterator[Answer]:
     """Answer at once."""
     prefill = chat.plain(lm.tokenizer, PREFILL)
@@ -98,7 +105,7 @@ def _read(lm: LM, prompts: list[list[int]], answers: list[int], think_tokens: in
             yield i, *_slot(lm, states, prefill, answers), 0.0
 
 
-def _think_and_read(lm: LM, prompts: list[list[int]], answers: list[int], think_tokens: int, vector: Vector | None,
+def _think_and_read(lm: LM, prompts: list[list[int]], answers: list[int], think_tokens: int, vector: Steers | None,
                     dose: float, wording: Wording) -> Iterator[Answer]:
     """Think, then answer, unless the thoughts already hold the answer."""
     prefill = chat.plain(lm.tokenizer, PREFILL)
@@ -112,11 +119,13 @@ def _think_and_read(lm: LM, prompts: list[list[int]], answers: list[int], think_
                      closing if len(closing) == 1 else (), vector, dose)
         for row, i in enumerate(rows):
             found = natural_answer(lm, seen.ids[row])
-            if found is None:
-                yield i, *_slot(lm, seen.states[row, len(interruption) :], prefill, answers), 0.0
-            else:
+            if found is not None:
                 first, slot = found
                 yield i, seen.watched[row, slot], -seen.logp[row, first:slot].mean(), 1.0
+                continue
+            logp, nll = _slot(lm, seen.states[row, len(interruption) :], prefill, answers)
+            silent = THINK_CLOSE in str(lm.tokenizer.decode(seen.ids[row]))
+            yield i, torch.full_like(logp, NO_MASS) if silent else logp, nll, 0.0
 
 
 def _slot(lm: LM, states: torch.Tensor, prefill: list[int], answers: list[int]) -> tuple[Tensor, Tensor]:
@@ -124,6 +133,30 @@ def _slot(lm: LM, states: torch.Tensor, prefill: list[int], answers: list[int]) 
     logps = lm.logits(states).log_softmax(-1)
     targets = torch.tensor(prefill, device=logps.device)
     return logps[-1, answers].cpu(), -logps[:-1].gather(1, targets[:, None]).mean().cpu()
+
+
+def free_answers(lm: LM, items: Sequence[Vignette], *, n_shots: int, think_tokens: int, system: str = chat.NEUTRAL,
+                 vector: Steers | None = None, dose: float = 0.0) -> Result:
+    """Let the model answer without a prefill.
+
+    Returns:
+        tensors: valid [items], 1 where the text holds a JSON object that parses and names one of the seven foundations.
+        record: ids of the items, and the texts.
+    """
+    prompts = [_prompt(lm, v, FOUNDATIONS, n_shots, system, OURS) for v in items]
+    drawn = generate(lm, prompts, greedy(think_tokens + FREE_TOKENS), vector=vector, doses=[dose] * len(items))
+    texts = [lm.text(c.ids) for c in drawn]
+    return Result(dict(ids=[v.id for v in items], texts=texts),
+                  dict(valid=torch.tensor([answers_in_json(t) for t in texts], dtype=torch.float32)))
+
+
+def answers_in_json(text: str) -> bool:
+    """Whether some JSON object in the text has a foundation as its violation."""
+    for found in OBJECT.findall(text):
+        with contextlib.suppress(json.JSONDecodeError):
+            if json.loads(found).get("violation") in FOUNDATIONS:
+                return True
+    return False
 
 
 def natural_answer(lm: LM, thoughts: list[int]) -> tuple[int, int] | None:

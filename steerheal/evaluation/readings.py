@@ -7,8 +7,10 @@ intervals cover items only; the noise between run seeds is separate.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import cache
+from statistics import NormalDist
 from typing import NamedTuple
 
 import numpy as np
@@ -46,44 +48,67 @@ class Reading:
     conduct: Array  # [dilemmas]
     control: Array  # [controls]
     fluent: Array  # [prompts] 0 or 1; empty where not measured
+    valid: Array = field(default_factory=lambda: np.empty(0))  # [vignettes answered freely] 0 or 1
+    stages: dict[str, str] = field(default_factory=dict)  # digests of the stages behind it, by name
 
     @classmethod
-    def of(cls, foundations: Result, conduct: Result, fluency: Result | None = None) -> Reading:
-        logp = foundations.tensors["logp"].double().numpy()
-        score = logp.mean(1)
-        p = np.exp(score - score.max(1, keepdims=True))
-        return cls(p / p.sum(1, keepdims=True), np.exp(logp).sum(2).mean(1),
+    def of(cls, foundations: Result, conduct: Result, fluency: Result | None = None,
+           free_answers: Result | None = None) -> Reading:
+        p, mass = answer_shares(foundations)
+        named = dict(foundations=foundations, conduct=conduct, fluency=fluency, free_answers=free_answers)
+        return cls(p, mass,
                    foundations.tensors["prefill_nll"].double().numpy().mean(1),
                    np.array([FOUNDATIONS.index(f) for f in foundations.record["foundations"]]),
                    conduct.tensors["conduct"].double().numpy(), conduct.tensors["control"].double().numpy(),
-                   fluency.tensors["passes"].double().numpy() if fluency else np.empty(0))
+                   fluency.tensors["passes"].double().numpy() if fluency else np.empty(0),
+                   free_answers.tensors["valid"].double().numpy() if free_answers else np.empty(0),
+                   {name: result.digest for name, result in named.items() if result})
+
+    def columns(self) -> dict[str, float]:
+        """Every readout with its interval, for the ledger: name, name_low, name_high."""
+        names = [f"{f}_nats" for f in FOUNDATIONS] + ["coherence", "conduct_nats", "control_nats", "top1", "ppx_json"]
+        names += ["fluency"] * bool(len(self.fluent)) + ["json_is_valid"] * bool(len(self.valid))
+        out: dict[str, float] = {}
+        for name in names:
+            e = self.estimate(name)
+            out |= {name: e.value, f"{name}_low": e.low, f"{name}_high": e.high}
+        return out
 
     def resampled(self, metric: str) -> Array:
         """The metric on every bootstrap resample, the measured value first: [1 + RESAMPLES].
 
-        metric: care_nats .. social_nats, coherence, conduct_nats, control_nats, fluency, top1, ppx_json.
+        metric: care_nats .. social_nats, coherence, conduct_nats, control_nats, fluency, json_is_valid, top1, ppx_json.
         """
+        items = self._items(metric)
+        mean = _weights(len(items)) @ items
+        if metric.removesuffix("_nats") in FOUNDATIONS:
+            return np.log(mean)
+        return np.exp(mean) if metric == "ppx_json" else mean
+
+    def _items(self, metric: str) -> Array:
         name = metric.removesuffix("_nats")
         if name in FOUNDATIONS:
-            return np.log(_weights(len(self.p)) @ self.p[:, FOUNDATIONS.index(name)])
-        items = {"coherence": self.mass, "conduct": self.conduct, "control": self.control, "fluency": self.fluent,
-                 "top1": (self.p.argmax(1) == self.labels).astype(float), "ppx_json": self.prefill_nll}[name]
-        mean = _weights(len(items)) @ items
-        return np.exp(mean) if name == "ppx_json" else mean
+            return self.p[:, FOUNDATIONS.index(name)]
+        return {"coherence": self.mass, "conduct": self.conduct, "control": self.control, "fluency": self.fluent,
+                "json_is_valid": self.valid, "top1": (self.p.argmax(1) == self.labels).astype(float),
+                "ppx_json": self.prefill_nll}[name]
+
+    def _n(self, metric: str) -> int:
+        return len(self._items(metric))
 
     def value(self, metric: str) -> float:
         return float(self.resampled(metric)[0])
 
     def estimate(self, metric: str) -> Estimate:
-        return _interval(self.resampled(metric))
+        return _interval(self.resampled(metric), self._n(metric))
 
     def difference(self, other: Reading, metric: str, sign: int = 1) -> Estimate:
         """sign * (self - other), paired over items."""
-        return _interval(sign * (self.resampled(metric) - other.resampled(metric)))
+        return _interval(sign * (self.resampled(metric) - other.resampled(metric)), self._n(metric))
 
     def ratio(self, base: Reading, metric: str) -> float:
-        """min(1, self / base): the share that is kept."""
-        return float(min(1.0, self.value(metric) / max(base.value(metric), 1e-12)))
+        """min(1, self / base): the share that is kept. NaN, a model that diverged, keeps nothing."""
+        return float(np.nan_to_num(np.minimum(1.0, self.value(metric) / max(base.value(metric), 1e-12)), nan=0.0))
 
     def auc(self, foundation: str) -> Estimate:
         """Probability that p[foundation] is larger on one of its own vignettes than on another (ties half)."""
@@ -91,12 +116,36 @@ class Reading:
         own, rest = self.p[self.labels == k, k], self.p[self.labels != k, k]
         wins = (own[:, None] > rest[None]) + 0.5 * (own[:, None] == rest[None])
         a, b = _weights(len(own)), _weights(len(rest), stream=1)
-        return _interval(np.einsum("bi,ij,bj->b", a, wins, b, optimize=True))
+        return _interval(np.einsum("bi,ij,bj->b", a, wins, b, optimize=True), min(len(own), len(rest)))
 
 
-def _interval(resampled: Array) -> Estimate:
-    low, high = np.percentile(resampled[1:], [2.5, 97.5])
+def answer_shares(foundations: Result) -> tuple[Array, Array]:
+    """(p [vignettes, 7] over foundations, probability mass on the seven answers [vignettes]), frames averaged."""
+    logp = foundations.tensors["logp"].double().numpy()
+    score = logp.mean(1)
+    p = np.exp(score - score.max(1, keepdims=True))
+    return p / p.sum(1, keepdims=True), np.exp(logp).sum(2).mean(1)
+
+
+def mean(items: Sequence[float]) -> Estimate:
+    """Mean of any per-item numbers."""
+    return _interval(_weights(len(items)) @ np.asarray(items, dtype=float), len(items))
+
+
+def _interval(resampled: Array, n: int) -> Estimate:
+    """From [measured value, *resampled values] of n items. The percentile interval of a mean is too narrow by about
+    sqrt((n - 1) / n) and knows nothing of Student's t; its percentiles are moved outwards for both (Hesterberg 2015,
+    arXiv:1411.5279). tests/test_readings.py measures the coverage on real items."""
+    low, high = np.percentile(resampled[1:], _levels(n))
     return Estimate(float(resampled[0]), float(low), float(high))
+
+
+def _levels(n: int) -> tuple[float, float]:
+    """Percentiles that make a 95% interval of n items: 100 * Phi(-+ sqrt(n / (n - 1)) * t), t by Cornish-Fisher."""
+    z, df = 1.959964, max(n - 1, 1)
+    t = z + (z**3 + z) / (4 * df) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * df**2)
+    tail = NormalDist().cdf(-((n / df) ** 0.5) * t)
+    return 100 * tail, 100 * (1 - tail)
 
 
 @cache

@@ -1,0 +1,104 @@
+"""What the modules of analysis/ share: reading a search's folder, and running as a command."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from steerheal import ledger
+from steerheal.cli import run_main
+from steerheal.errors import UserError
+
+# read from ledger and baselines as numbers; where a ledger lacks one it is NaN, and the figure says what is missing
+NUMBERS = ("trait_gain", "trait_gain_low", "trait_gain_high", "coherence", "coherence_low", "coherence_high",
+           "coherence_kept", "steered_gain", "steered_gain_low", "steered_gain_high", "steered_coherence",
+           "steered_coherence_low", "steered_coherence_high", "authority_nats", "care_nats", "steered_authority_nats",
+           "steered_care_nats", "log_ratio", "duty", "edge_doses")
+
+
+@dataclass
+class Search:
+    """A search's folder, read.
+
+    table: one row per finished round (columns: steerheal/ledger.py), or one without a round for a trial that has none.
+    baselines: label (base, prompted, steered), edge_doses, and the readouts.
+    """
+
+    folder: Path
+    table: pd.DataFrame
+    baselines: pd.DataFrame
+
+    @property
+    def name(self) -> str:
+        return self.folder.absolute().name
+
+    @property
+    def rounds(self) -> pd.DataFrame:
+        return self.table.dropna(subset=["round"])
+
+    @property
+    def trait(self) -> str:
+        """The trait's readout, such as conduct_nats."""
+        return str(self.rounds["trait"].iloc[0])
+
+    @property
+    def params(self) -> list[str]:
+        """The searched settings, by dotted name."""
+        return ledger.searched(self.table)
+
+    @property
+    def base(self) -> pd.Series:
+        """The model as loaded; NaN where it was not stored."""
+        rows = self.baselines[self.baselines["label"] == "base"]
+        return rows.iloc[0] if len(rows) else pd.Series(float("nan"), index=self.baselines.columns)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Of every trial but for the searched ones, flat."""
+        path = self.folder / "search.json"
+        try:
+            return json.loads(path.read_text())["settings"]
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(f"{path} cannot be read ({type(error).__name__}: {error}).") from None
+
+
+def read(folder: Path) -> Search:
+    """Read a search's folder.
+
+    Raises:
+        UserError: the folder holds no ledger, or no finished round.
+    """
+    try:
+        table = pd.read_parquet(folder / "ledger.parquet")
+        text = (folder / "baselines.csv").read_text()
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{folder} holds no ledger; name a folder that `python -m steerheal.search` wrote.") from None
+    if table["round"].isna().all():
+        raise UserError(f"{folder}: no round is finished yet.")
+    baselines = pd.read_csv(folder / "baselines.csv") if text.strip() else pd.DataFrame(columns=["label"])
+    for frame in (table, baselines):
+        for column in NUMBERS:
+            frame[column] = pd.to_numeric(frame.get(column, float("nan")))
+    return Search(folder, table, baselines)
+
+
+def count(n: int, noun: str) -> str:
+    return f"{n} {noun}" + "s" * (n != 1)
+
+
+def command(draw: Callable[..., Path], name: str, doc: str) -> None:
+    """Run analysis.`name` as a command: the parameters of `draw` are its arguments; it returns what it wrote, less .png."""
+    import tyro
+
+    def action() -> int:
+        path = tyro.cli(draw, prog=f"python -m analysis.{name}", description=doc,
+                        config=(tyro.conf.PositionalRequiredArgs,))
+        print(f"{path}.png, .svg and .csv")
+        return 0
+
+    run_main(action)

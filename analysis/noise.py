@@ -1,0 +1,176 @@
+"""python -m analysis.noise results/SEARCH: which differences along the front are real?
+
+Every member of the front with its 95% interval over items (line), the same settings run again under other run seeds (open
+dots, from confirm.csv). Green words under a member name the first of those below it from which on every difference is real:
+clear of item noise and of seed noise. Without confirm.csv only items are compared, and the picture says so.
+
+Item noise of a difference: the two intervals' half-widths in quadrature, as if items were drawn anew for each member. They
+are the same items, so this is the cautious side. Seed noise: Student's t interval of the differences under the seeds that
+both members have, which share their draws.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+
+from analysis import style
+from analysis.folders import Search, command, read
+
+MOST = 14  # members in one picture
+OBJECTIVES = {"trait_gain": "trait gain, nats from base (better →)", "coherence_kept": "coherence kept, share (better →)"}
+T975 = (np.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # Student's, by degrees of freedom
+
+
+@dataclass
+class Data:
+    """What the picture shows.
+
+    members: the front by descending trait gain, with low and high of either objective over items.
+    seeds: trial, round, seed, trait_gain, coherence_kept on seeds the search never used; empty where nothing was confirmed.
+    differences: of all pairs: a, b (trial.round), objective, difference, item_noise, seeds (how many they share),
+    seed_difference, seed_noise, verdict. Noise is the half-width of a 95% interval.
+    """
+
+    name: str
+    trait: str
+    members: pd.DataFrame
+    seeds: pd.DataFrame
+    differences: pd.DataFrame
+
+
+def data(folder: Path) -> Data:
+    """Read the front, and what confirming it found.
+
+    Raises:
+        UserError: no finished round.
+    """
+    search = read(folder)
+    path = folder / "confirm.csv"
+    seeds = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=["trial", "round", "seed", "fresh", *OBJECTIVES])
+    seeds = seeds[seeds["fresh"].astype(bool)]  # the search's own seed is what the front was picked on
+    members = _members(search)
+    rows = [_difference(a, b, seeds, objective) for objective in OBJECTIVES
+            for (_, a), (_, b) in itertools.combinations(members.iterrows(), 2)]
+    columns = ["a", "b", "objective", "difference", "item_noise", "seeds", "seed_difference", "seed_noise", "verdict"]
+    return Data(search.name, search.trait, members, seeds, pd.DataFrame(rows, columns=columns))
+
+
+def _members(search: Search) -> pd.DataFrame:
+    front = search.rounds[search.rounds["front"]].sort_values("trait_gain", ascending=False, ignore_index=True)
+    scale = front["coherence_kept"] / front["coherence"]  # coherence's interval, as a share of base like coherence_kept
+    front["coherence_kept_low"] = front["coherence_kept"] - scale * (front["coherence"] - front["coherence_low"])
+    front["coherence_kept_high"] = front["coherence_kept"] + scale * (front["coherence_high"] - front["coherence"])
+    front["coherence_kept_high"] = front["coherence_kept_high"].clip(upper=1)
+    front["label"] = front["trial"].astype(str) + "." + front["round"].astype(str)
+    return front[["trial", "round", "label", *(f"{o}{end}" for o in OBJECTIVES for end in ("", "_low", "_high"))]]
+
+
+def _difference(a: pd.Series, b: pd.Series, seeds: pd.DataFrame, objective: str) -> dict[str, object]:
+    difference = a[objective] - b[objective]
+    halves = [(m[f"{objective}_high"] - m[f"{objective}_low"]) / 2 for m in (a, b)]
+    items = float(np.hypot(*halves))
+    mean, noise, n = seed_noise(*(_by_seed(m, seeds, objective) for m in (a, b)))
+    clear_of_items = abs(difference) > items
+    if not np.isfinite(items):
+        verdict = "no interval"
+    elif not clear_of_items:
+        verdict = "within item noise"
+    elif n < 2:
+        verdict = "clear of items only"
+    else:
+        verdict = "real" if abs(mean) > noise and mean * difference > 0 else "within seed noise"
+    return dict(a=a["label"], b=b["label"], objective=objective, difference=difference, item_noise=items, seeds=n,
+                seed_difference=mean, seed_noise=noise, verdict=verdict)
+
+
+def _by_seed(member: pd.Series, seeds: pd.DataFrame, objective: str) -> pd.Series:
+    rows = seeds[(seeds["trial"] == member["trial"]) & (seeds["round"] == member["round"])]
+    return rows.set_index("seed")[objective].astype(float).dropna()
+
+
+def seed_noise(a: pd.Series, b: pd.Series) -> tuple[float, float, int]:
+    """Mean of the paired differences a - b, half-width of their 95% t interval, and how many seeds both have. Beyond nine
+    degrees of freedom the quantile of nine is kept: a little wide."""
+    differences = (a - b).dropna()
+    n = len(differences)
+    if n < 2:
+        return float(differences.mean()), float("nan"), n
+    quantile = T975[min(n - 1, len(T975) - 1)]
+    return float(differences.mean()), float(quantile * differences.std(ddof=1) / n**0.5), n
+
+
+def draw(d: Data) -> plt.Figure:
+    """A forest plot of the front, one panel per objective."""
+    if d.members.empty:
+        figure, axes = plt.subplots(figsize=(style.WIDTH, 2))
+        style.say(axes, f"{d.name}: no round is deliverable, so there is no front to compare")
+        return figure
+    shown = d.members.head(MOST)
+    figure, panels = plt.subplots(1, 2, figsize=(style.WIDTH, 1.7 + 0.45 * len(shown)), sharey=True, layout="constrained")
+    for axes, (objective, label) in zip(panels, OBJECTIVES.items()):
+        _draw_objective(axes, d, shown, objective)
+        axes.set_xlabel(label)
+    panels[0].set_yticks(range(len(shown)), shown["label"])
+    panels[0].set_ylim(len(shown) - 0.5, -0.5)
+    panels[0].set_ylabel("front, trial.round")
+    figure.suptitle(f"{d.name}: {_summary(d)}", fontweight="bold", fontsize=11.5, ha="left", x=0.02)
+    return figure
+
+
+def _draw_objective(axes: plt.Axes, d: Data, shown: pd.DataFrame, objective: str) -> None:
+    for y, (_, member) in enumerate(shown.iterrows()):
+        axes.plot([member[f"{objective}_low"], member[f"{objective}_high"]], [y, y], color=style.BLUE, linewidth=2,
+                  alpha=0.6, solid_capstyle="butt")
+        axes.scatter(member[objective], y, color=style.BLUE, s=36, zorder=3)
+        again = _by_seed(member, d.seeds, objective)
+        axes.scatter(again, [y] * len(again), facecolor="white", edgecolor=style.ORANGE, s=26, zorder=4)
+    axes.grid(axis="y", visible=False)
+    axes.margins(x=0.08)
+    axes.locator_params(axis="x", nbins=4)
+    if objective == "trait_gain":
+        axes.axvline(0, color=style.GREY, linewidth=0.8)
+    differences = d.differences[(d.differences["objective"] == objective) & d.differences["b"].isin(shown["label"])]
+    others = [differs_from(differences, label) for label in shown["label"]]
+    for y, other in enumerate(others):
+        if other:
+            axes.annotate(f"differs from {other} and below", (0.99, y + 0.45), xycoords=("axes fraction", "data"),
+                          ha="right", va="center", fontsize=style.SMALL, color=style.GREEN, path_effects=style.HALO)
+    if len(shown) > 1 and not any(others):
+        style.note(axes, "no difference is clear of noise", y=0.01)
+
+
+def differs_from(differences: pd.DataFrame, label: str) -> str | None:
+    """The first member below `label` from which on every difference to it is clear; None where there is none."""
+    below = differences[differences["a"] == label]
+    clear = below["verdict"].isin(["real", "clear of items only"])[::-1].cummin()[::-1]
+    return below.loc[clear, "b"].iloc[0] if clear.any() else None
+
+
+def _summary(d: Data) -> str:
+    if len(d.members) == 1:
+        return "one member on the front: nothing to compare"
+    count = f"which differences of the {len(d.members)} on the front are real?" + (
+        f" {MOST} shown." if len(d.members) > MOST else "")
+    if d.seeds.empty:
+        return f"{count}\n95% intervals over items only: seed noise is not measured (no confirm.csv)"
+    return f"{count}\nlines: 95% over items; open dots: the same settings under {d.seeds['seed'].nunique()} fresh seeds"
+
+
+def draw_folder(folder: Path) -> Path:
+    """Write noise.png, .svg and .csv (the differences of all pairs) into a search's folder.
+
+    Args:
+        folder: a search's folder, such as results/quickstart
+    """
+    d = data(folder)
+    return style.save(draw(d), d.differences, folder / "noise")
+
+
+if __name__ == "__main__":
+    command(draw_folder, "noise", __doc__)

@@ -1,0 +1,26 @@
+"""Does everything work on this machine?"""
+
+HYPOTHESIS = "None: one trial of one short round, to see that model, store, Ray and plots work here."
+BASE = {
+    "rounds": 1,
+    "steer.contexts": 16,
+    "generate.prompts": 4,
+    "generate.max_new_tokens": 32,
+    "generate.n_keep": 8,
+    "generate.min_train": 4,
+    "heal.epochs": 1,
+    "heal.lr": 5e-4,
+    "evaluate.n_items": 14,
+    "evaluate.n_conduct": 6,
+    "evaluate.n_fluency": 16,
+    "evaluate.fluency_tokens": 24,
+    "evaluate.ladder": [1.0],
+}
+TRIALS = 1
+COST = "under a minute on 2 CPU cores with the embedded model; its numbers mean nothing"
+
+
+def domains():
+    from ray import tune
+
+    return {"heal.tau": tune.loguniform(0.02, 1.5)}

@@ -1,0 +1,202 @@
+"""Running trials on Ray: on this machine, or on a cluster that is already up.
+
+Everything that outlives a run is in the search's folder and in the stage store; Ray's own files are scratch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from analysis import report
+from steerheal import events, ledger, searcher
+from steerheal.display import Display
+from steerheal.errors import UserError
+from steerheal.plan import Plan
+from steerheal.settings import to_flat
+
+STOPPED = 75  # EX_TEMPFAIL: give the same command again
+RESTARTS = 2  # of a trial whose worker or node died; its finished stages are replayed
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where and how long trials run; none of it decides a result."""
+
+    concurrent: int = 1
+    gpus_per_trial: float | None = None
+    address: str | None = None  # of a Ray cluster; None starts Ray here
+    hours: float | None = None  # wall budget of this run
+
+
+@dataclass(frozen=True)
+class Ended:
+    stopped: str  # why trials are left that did not fail: "", "signal" or "hours"
+    summary: str  # stages computed and replayed
+
+    @property
+    def exit_code(self) -> int:
+        """Where trials are left: a spent wall budget is an end like any other, a signal is not, a failure is one."""
+        return {"signal": STOPPED, "hours": 0}.get(self.stopped, 1)
+
+
+def run(plan: Plan, study: Any, space: dict[str, Any], todo: list[int], fixed: dict[int, dict[str, Any]], machine: Machine,
+        done: int = 0) -> Ended:
+    """Run the trials of the logical indices `todo`, telling the study and refreshing the folder's views.
+
+    Raises:
+        UserError: an error that every trial would meet.
+    """
+    from steerheal.tensorboard import Scalars
+
+    (plan.folder / ".stop").unlink(missing_ok=True)
+    scalars = Scalars(plan.folder)
+    with Display(plan.folder, plan.name, len(todo), done, plan.settings.rounds, list(space)) as display:
+        display.update(ledger.build(study))
+
+        def on_change(index: int, row: dict[str, Any] | None) -> None:
+            if row:
+                scalars.add(index, row)
+            display.update(ledger.write(study, plan.folder))
+            report.refresh(plan.folder)
+
+        search = searcher.StudySearcher(study, space, todo, fixed, plan.sampler, plan.seed, on_change, plan.halving)
+        with events.session(plan.folder, machine.concurrent):
+            stopped, fatal = _tune(plan, search, machine, len(todo))
+    if fatal:
+        raise UserError(fatal)
+    return Ended(stopped, display.summary())
+
+
+def _tune(plan: Plan, search: searcher.StudySearcher, machine: Machine, count: int) -> tuple[str, str]:
+    """Run `count` trials. Returns why it was stopped ("", "signal", "hours"), and an error that every trial would meet."""
+    os.environ.update(RAY_USAGE_STATS_ENABLED="0", RAY_CHDIR_TO_TRIAL_DIR="0", RAY_AIR_NEW_OUTPUT="0",
+                      TUNE_DISABLE_AUTO_CALLBACK_LOGGERS="1", TUNE_DISABLE_SIGINT_HANDLER="1",
+                      RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0", TUNE_GLOBAL_CHECKPOINT_S="10")
+    import ray
+    from ray import tune
+
+    from trainables.heal_loop import HealTrial
+
+    class Halt(tune.Stopper):
+        """Ends the whole run at a user's request or at an error that every trial would meet, and trials by halving."""
+
+        fatal = ""
+
+        def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+            Halt.fatal = Halt.fatal or (result["error"] if result.get("fatal") else "")
+            return search.stops(trial_id, result)
+
+        def stop_all(self) -> bool:
+            return bool(Halt.fatal) or (plan.folder / ".stop").exists()
+
+    scratch = _scratch(plan, machine)
+    with _quiet():
+        try:
+            _connect(machine, scratch)
+            tuner = tune.Tuner(
+                tune.with_resources(HealTrial, _resources(machine)),
+                param_space=dict(flat=to_flat(plan.settings), folder=str(plan.folder), store=str(plan.store)),
+                tune_config=tune.TuneConfig(search_alg=search, num_samples=count, reuse_actors=True,
+                                            max_concurrent_trials=machine.concurrent),
+                run_config=tune.RunConfig(name="run", storage_path=str(scratch), stop=Halt(), verbose=0,
+                                          failure_config=tune.FailureConfig(max_failures=RESTARTS)))
+            with _stop_requests(plan.folder, machine.hours) as stopped:  # after ray.init, which takes SIGTERM for itself
+                tuner.fit()
+        finally:
+            ray.shutdown()
+            shutil.rmtree(scratch, ignore_errors=True)
+    return (stopped or [""])[0], Halt.fatal
+
+
+def _connect(machine: Machine, scratch: Path) -> None:
+    import ray
+
+    common: dict[str, Any] = dict(log_to_driver=False, logging_level=logging.ERROR, runtime_env={
+        "env_vars": {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", "HF_HUB_OFFLINE": "1"}})
+    if machine.address is None:
+        cores = len(os.sched_getaffinity(0))
+        ray.init(address="local", num_cpus=max(cores, machine.concurrent), include_dashboard=False,
+                 object_store_memory=10**8, _temp_dir=str(scratch), **common)
+        return
+    try:
+        ray.init(address=machine.address, **common)
+    except (ConnectionError, ray.exceptions.RayError) as error:
+        first = (str(error).splitlines() or [""])[0]
+        raise UserError(f"--address {machine.address}: {first} docs/cluster.md says how to start a cluster.") from None
+
+
+def _resources(machine: Machine) -> dict[str, float]:
+    """Each trial's share of the cores, and of the cards where there are any. A trial never spans two nodes."""
+    import ray
+
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    cpus, gpus = (sum(n.get(kind, 0) for n in nodes) for kind in ("CPU", "GPU"))
+    gpu = min(1, gpus / machine.concurrent) if machine.gpus_per_trial is None else machine.gpus_per_trial
+    if gpu > max(n.get("GPU", 0) for n in nodes):
+        raise UserError(f"--gpus-per-trial {gpu:g}: no node has that many cards (Ray sees {gpus:g} in all), so trials "
+                        f"would wait for ever. Leave it out to share what there is.")
+    return {"cpu": max(min(cpus // machine.concurrent, max(n.get("CPU", 0) for n in nodes)), 1), "gpu": gpu}
+
+
+def _scratch(plan: Plan, machine: Machine) -> Path:
+    """A folder for Ray's own files. On a cluster: in the search's folder, where every node can write. Here: off the
+    results' disk, which may be slow or full, and short, because Ray's sockets allow 107 bytes; those of dead drivers are
+    removed."""
+    if machine.address is not None:
+        return plan.folder / ".ray"
+    root = Path(tempfile.gettempdir())
+    for old in root.glob("steerheal-*-*"):
+        pid = old.name.split("-")[1]
+        if pid.isdigit() and not Path(f"/proc/{pid}").exists():
+            shutil.rmtree(old, ignore_errors=True)
+    return Path(tempfile.mkdtemp(prefix=f"steerheal-{os.getpid()}-"))
+
+
+@contextlib.contextmanager
+def _stop_requests(folder: Path, hours: float | None) -> Iterator[list[str]]:
+    """Ctrl-C, SIGTERM or a spent wall budget ask the workers to stop at their next stage; a second Ctrl-C ends at once."""
+    seen: list[str] = []
+
+    def ask(why: str, words: str) -> None:
+        seen.append(why)
+        (folder / ".stop").touch()
+        print(words, file=sys.stderr, flush=True)
+
+    def on_signal(number: int, frame: Any) -> None:
+        if "signal" in seen:
+            raise KeyboardInterrupt
+        ask("signal", "stopping after the stage that is running (again: at once)")
+
+    timer = threading.Timer((hours or 0) * 3600, ask, ("hours", f"the wall budget of {hours} hours is spent: stopping "
+                                                                f"after the stage that is running"))
+    timer.daemon = True
+    if hours:
+        timer.start()
+    before = {s: signal.signal(s, on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield seen
+    finally:
+        timer.cancel()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Ray's own chatter is not the user's concern; what matters of it arrives as results."""
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

@@ -1,0 +1,73 @@
+"""What a search's workers and drivers wrote down: one line per stage (`events/*.jsonl`), one per run (`sessions.jsonl`).
+
+A stage's event says when, which trial, where in the loop, which digest, and whether it was computed (with seconds) or
+replayed from the store. From these come what sharing saved (`waste`) and estimates of what a search will cost.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+def read(folder: Path) -> list[dict[str, Any]]:
+    """All events of a search, oldest first. A line torn by a crash is left out."""
+    found = [event for path in (folder / "events").glob("*.jsonl") for event in _lines(path)]
+    return sorted(found, key=lambda e: e["time"])
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    for line in path.read_bytes().splitlines():
+        with contextlib.suppress(ValueError):
+            yield json.loads(line)
+
+
+@contextlib.contextmanager
+def session(folder: Path, concurrent: int) -> Iterator[None]:
+    """Write down when a driver started and ended; one that is killed leaves a start without an end."""
+    def note(kind: str) -> None:
+        with (folder / "sessions.jsonl").open("a") as file:
+            file.write(json.dumps(dict(kind=kind, time=round(time.time(), 2), concurrent=concurrent)) + "\n")
+
+    note("start")
+    try:
+        yield
+    finally:
+        note("end")
+
+
+@dataclass
+class Session:
+    start: float  # seconds since the epoch
+    end: float
+    concurrent: int
+
+
+def sessions(folder: Path, events: list[dict[str, Any]]) -> list[Session]:
+    """When drivers ran. A start without an end (killed, or running still) lasts to the last event before the next."""
+    path = folder / "sessions.jsonl"
+    notes = list(_lines(path)) if path.exists() else []
+    out = []
+    for note, following in zip(notes, [*notes[1:], {}]):
+        if note["kind"] == "start":
+            end = following.get("time", float("inf"))
+            if following.get("kind") != "end":
+                end = max((e["time"] for e in events if note["time"] <= e["time"] < end), default=note["time"])
+            out.append(Session(note["time"], end, note["concurrent"]))
+    return out
+
+
+def running(events: list[dict[str, Any]]) -> dict[int, dict[str, Any]]:
+    """The last stage that each trial started and has not finished, by trial."""
+    open_: dict[int, dict[str, Any]] = {}
+    for e in events:
+        if e["kind"] == "start":
+            open_[e["trial"]] = e
+        elif open_.get(e["trial"], {}).get("digest") == e.get("digest") or e["kind"] == "error":
+            open_.pop(e["trial"], None)
+    return open_

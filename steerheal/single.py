@@ -1,0 +1,60 @@
+"""A folder like a search's around one loop, so that ledger, report, pictures and pick read either alike.
+
+The study holds one trial. It is written anew at every run: the stage store makes the same run again a replay.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import optuna
+
+from analysis import report
+from steerheal import ledger, objectives, plan
+from steerheal.loop import HealLoop, Round
+from steerheal.settings import Settings, identity, to_flat
+from steerheal.stages import atomic_write, canonical
+
+
+class Single:
+    """One loop's results in OUT/run-DIGEST, beside the stage store."""
+
+    def __init__(self, out: Path, settings: Settings):
+        same = identity(settings) | dict(seed=settings.seed)
+        name = f"run-{hashlib.sha256(canonical(same)).hexdigest()[:8]}"
+        self.folder = out.absolute() / name
+        body = dict(name=name, space="one loop", model=settings.model, overrides={}, sampler="none", seed=0, trials=1,
+                    identity=same, settings=to_flat(settings), created=time.strftime("%Y-%m-%d %H:%M:%S"),
+                    **plan.environment())
+        atomic_write(self.folder / "search.json", json.dumps(body, indent=2).encode())
+        (self.folder / "study.db").unlink(missing_ok=True)
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        self.study = optuna.create_study(study_name="steerheal", storage=ledger.storage_url(self.folder),
+                                         directions=["maximize", "maximize"])
+        self.trial = self.study.ask()
+        self.trial.set_user_attr("index", 0)
+        self.rounds: list[dict[str, Any]] = []
+
+    def add(self, loop: HealLoop, round_: Round) -> None:
+        """A round ended: rebuild ledger and report."""
+        self.study.set_user_attr("baselines", loop.baselines().rows())
+        self.study.set_user_attr("trait", loop.baselines().trait_reason)
+        self.rounds.append(round_.row())
+        self.trial.set_user_attr("rounds", self.rounds)
+        ledger.write(self.study, self.folder)
+        report.refresh(self.folder)
+
+    def finish(self, end: str) -> Path:
+        """The loop ended: close the study, draw every figure. The folder."""
+        self.trial.set_user_attr("end", end)
+        if best := objectives.best(self.rounds):
+            self.study.tell(self.trial, [best["trait_gain"], best["coherence_kept"]])
+        else:
+            self.study.tell(self.trial, state=optuna.trial.TrialState.FAIL)
+        ledger.write(self.study, self.folder)
+        report.refresh(self.folder, whole=True)
+        return self.folder

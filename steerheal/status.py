@@ -1,0 +1,61 @@
+"""How far a search is, told from its folder alone: `python -m steerheal.search NAME --status`, from any terminal."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import time
+from pathlib import Path
+
+import pandas as pd
+
+from steerheal import events, ledger, waste
+from steerheal.display import clock, front_table, make_console, say_failures
+from steerheal.errors import UserError
+
+
+def show(folder: Path) -> int:
+    """Print the state of a search. 0 always: a search that is not running is no error.
+
+    Raises:
+        UserError: the folder holds no search.
+    """
+    try:
+        plan = json.loads((folder / "search.json").read_text())
+        table = ledger.read(folder)
+        progress = pd.read_csv(folder / "progress.csv")
+    except FileNotFoundError as error:
+        there = ", ".join(sorted(p.parent.name for p in folder.parent.glob("*/search.json"))) or "none"
+        raise UserError(f"{folder} holds no search ({Path(error.filename).name} is missing). Searches beside it: "
+                        f"{there}.") from None
+    console = make_console()
+    done, total, live = len(progress), plan["trials"], is_running(folder)
+    state = "running" if live else "finished" if done >= total else "not running; the same command without --status goes on"
+    console.print(f"{plan['name']}: {done} of {total} trials of {plan['settings']['rounds']} rounds, {state}", soft_wrap=True)
+    found = events.read(folder)
+    if live:
+        for trial, event in sorted(events.running(found).items()):
+            console.print(f"  trial {trial}  {event['where']}  {event.get('stage', '')}  "
+                          f"{clock(max(time.time() - event['time'], 0))}", soft_wrap=True)
+    if done:
+        last = progress.iloc[-1]
+        left = f", about {clock(3600 * last['hours'] / done * (total - done))} left at this pace" if done < total else ""
+        console.print(f"hypervolume {last['hypervolume']:.4f} after {last['hours']:.2f} hours{left}", soft_wrap=True)
+    say_failures(console, table, list(table["trial"][table["state"].eq("fail")]))
+    if table["front"].any():
+        console.print(front_table(table, ledger.searched(table)))
+    if found:
+        console.print(waste.text(folder), soft_wrap=True)
+    return 0
+
+
+def is_running(folder: Path) -> bool:
+    """Whether a driver holds the folder's lock. A dead one keeps none."""
+    try:
+        with (folder / ".lock").open() as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False

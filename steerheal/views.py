@@ -1,0 +1,28 @@
+"""The front's adapters in a search's folder."""
+
+from __future__ import annotations
+
+import shutil
+from typing import Any
+
+from steerheal import history
+from steerheal.export import Member, base_name, factors
+from steerheal.plan import Plan
+
+
+def export(plan: Plan, table: Any) -> int:
+    """Write the front's adapters in PEFT's format to adapters/<trial>/r<round>/, and nothing else there; how many.
+
+    Raises:
+        UserError: the stage store lost a round of one.
+    """
+    target = plan.folder / "adapters"
+    wanted = {target / str(row["trial"]) / f"r{row['round']}": Member(plan.folder, row, plan.settings)
+              for _, row in table[table["front"]].iterrows()}
+    for old in target.glob("*/r*"):
+        if old not in wanted:
+            shutil.rmtree(old)
+    for folder, member in wanted.items():
+        if not (folder / "adapter_config.json").exists():  # written last, so its presence means a whole adapter
+            history.export(factors(member), folder, base_name(plan.settings.model))
+    return len(wanted)

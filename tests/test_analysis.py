@@ -1,0 +1,342 @@
+"""Figures, drawn from searches made up here: what they compute is checked, and that odd searches draw, in words."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import math
+import sys
+import types
+
+import matplotlib.pyplot as plt
+import numpy as np
+import optuna
+import pandas as pd
+import pytest
+
+from analysis import filter, folders, knobs, noise, pareto, progress, trajectory
+from steerheal import ledger, objectives
+from steerheal.errors import UserError
+
+START = datetime.datetime(2026, 1, 1)
+SPACE = {"heal.tau": optuna.distributions.FloatDistribution(0.02, 4.0, log=True),
+         "heal.aggregate": optuna.distributions.CategoricalDistribution(["mean", "rmse"])}
+
+
+def make_row(r, tau, aggregate, rng, noise=0.02):
+    """A round whose gain and incoherence grow with tau and with the round; tau 4 breaks the third one."""
+    push = math.log1p(tau) * (1.3 if aggregate == "mean" else 1.0)
+    gain = 0.16 * (r + 1) * push + float(rng.normal(0, noise))
+    kept = min(1.0, 1 - 0.012 * (r + 1) ** 1.6 * push**2 - abs(float(rng.normal(0, 0.002))))
+    steered_kept = kept - 0.06 - 0.02 * r
+    wide = 0.05 + 0.1 * gain
+    state = dict(coherence=0.93 * kept, coherence_low=0.93 * kept - 0.006, coherence_high=0.93 * kept + 0.005,
+                 authority_nats=-2.1 - gain, care_nats=-2.4 + 0.3 * gain, conduct_nats=gain)
+    steered = dict(steered_gain=gain + 0.18, steered_gain_low=gain + 0.1, steered_gain_high=gain + 0.27,
+                   steered_coherence=0.93 * steered_kept, steered_authority_nats=-2.4 - gain,
+                   steered_care_nats=-2.5 + 0.2 * gain)
+    violation = max(0.85 - kept, -0.15)
+    return dict(round=r, trait="conduct_nats", trait_gain=gain, trait_gain_low=gain - wide, trait_gain_high=gain + wide,
+                coherence_kept=kept, fluency_kept=1.0, violation=violation, verdict="heal" if violation <= 0 else "broken",
+                flags="", deliverable=violation <= 0, duty=max(0.0, 0.9 - 0.4 * tau), kappa=0.8, n_kept=24,
+                adapter=f"{tau}{aggregate}{r}", chain=[f"{tau}{aggregate}{i}" for i in range(r + 1)], draws=[],
+                log_ratio=0.2 + gain, **state, **steered)
+
+
+@pytest.fixture
+def make_search(tmp_path, monkeypatch):
+    """A function that leaves a search's folder as steerheal.search does. The studies stay in memory: SQLite is slow."""
+    monkeypatch.setitem(plt.rcParams, "savefig.dpi", 40)
+    studies = {}
+    monkeypatch.setattr(knobs, "open_study", studies.get)
+    monkeypatch.setattr(progress, "open_study", studies.get)
+
+    def make(name="made", **how):
+        folder = tmp_path / name
+        studies[folder] = write_search(folder, **how)
+        return folder
+
+    return make
+
+
+def write_search(folder, trials=12, rounds=3, change=lambda row: row, space=SPACE, baselines=True, seed=0, settings=(),
+                 storage=None):
+    """`change` edits each row before it is stored."""
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(seed)
+    study = optuna.create_study(study_name="steerheal", storage=storage, directions=["maximize"] * 2)
+    for i in range(trials):
+        params = {"heal.tau": float(np.exp(rng.uniform(np.log(0.02), np.log(4)))), "heal.aggregate": ["mean", "rmse"][i % 2]}
+        rows = [change(make_row(r, params["heal.tau"], params["heal.aggregate"], rng)) for r in range(rounds)]
+        best = objectives.best(rows)
+        trial = optuna.trial.create_trial(
+            values=[best["trait_gain"], best["coherence_kept"]], params={k: params[k] for k in space}, distributions=space,
+            user_attrs=dict(index=i, rounds=rows, end="rounds"))
+        trial.datetime_start = START + datetime.timedelta(hours=i)
+        trial.datetime_complete = trial.datetime_start + datetime.timedelta(minutes=50)
+        study.add_trial(trial)
+    if baselines:
+        ladder = [("base", 0, 0.0, 1.0), ("prompted", 0, 0.06, 0.995), ("steered", 0.5, 0.2, 0.985),
+                  ("steered", 1.0, 0.42, 0.88), ("steered", 1.25, 0.5, 0.6)]
+        study.set_user_attr("baselines", [dict(
+            label=label, edge_doses=dose, trait_gain=gain, coherence_kept=kept, coherence=0.93 * kept,
+            authority_nats=-2.1 - gain, care_nats=-2.4) for label, dose, gain, kept in ladder])
+    made = {"model": "tiny", "persona": "authority", "dtype": "float32", "evaluate.shots": 0} | dict(settings)
+    (folder / "search.json").write_text(json.dumps(dict(settings=made)))
+    ledger.write(study, folder)
+    return study
+
+
+def make_samples(n=400, seed=0):
+    """Completions whose perplexity grows with the dose; the gate is 40."""
+    rng = np.random.default_rng(seed)
+    share = rng.choice([0.4, 0.6, 0.8], n)
+    perplexity = np.exp(1.5 + 3 * share + rng.normal(0, 0.8, n))
+    loops = rng.random(n) < 0.1
+    reasons = [" ".join(["perplexity"] * int(p > 40) + ["repetition"] * int(loop)) for p, loop in zip(perplexity, loops)]
+    return pd.DataFrame(dict(
+        trial=0, round=rng.integers(0, 3, n), kind=rng.choice(["probe", "batch"], n), kappa=1.0, dose=5 * share,
+        edge_dose=share, prompt="Do you?", text=[f"$I$ would {i} \u4f60\x07\n not_ \\ do $ that " * 8 for i in range(n)],
+        perplexity=perplexity, repetition=0.1, narrates=False, refuses=False, reasons=reasons,
+        kept=[not r for r in reasons], gate=40.0))
+
+
+@pytest.fixture
+def samples(monkeypatch):
+    """Lets a test say which completions a search made."""
+    def set_to(table):
+        monkeypatch.setitem(sys.modules, "steerheal.records", types.SimpleNamespace(samples=lambda folder: table.copy()))
+
+    set_to(make_samples())
+    return set_to
+
+
+# ---------------------------------------------------------------- what is computed
+
+
+def test_what_pareto_shows_is_the_ledgers_front(make_search):
+    d = pareto.data(make_search())
+    able = d.points[d.points["deliverable"]]
+    dominated = [((able["trait_gain"] >= a["trait_gain"]) & (able["coherence_kept"] >= a["coherence_kept"]) &
+                  ((able["trait_gain"] > a["trait_gain"]) | (able["coherence_kept"] > a["coherence_kept"]))).any()
+                 for _, a in able.iterrows()]
+    assert len(d.points) == 36 and list(able["front"]) == [not x for x in dominated]
+    one = d.points.iloc[5]
+    assert one["kept_low"] == pytest.approx(one["coherence_kept"] - 0.006 / 0.93)  # the interval, as a share of base
+
+
+def test_searches_that_measure_alike_share_one_axis(make_search):
+    a, b = make_search("a"), make_search("b", trials=5, seed=1)
+    d = pareto.data(a, b)
+    assert d.points.groupby("search").size().to_dict() == {"a": 36, "b": 15} and set(d.hypervolume) == {"a", "b"}
+    assert len(d.baselines) == 5  # drawn once
+    assert pareto.compare((a, b)) == a / "pareto_vs_b" and (a / "pareto_vs_b.svg").exists()
+
+
+@pytest.mark.parametrize("settings, words", [
+    ({"model": "other"}, "model: 'tiny' in .*a, 'other' in"), ({"evaluate.shots": 7}, "evaluate.shots: 0 in .*, 7 in"),
+    ({"evaluate.trait": "+conduct"}, "evaluate.trait: 'of the persona' in .*, '\\+conduct' in")])
+def test_searches_that_measure_differently_are_refused(make_search, settings, words):
+    with pytest.raises(UserError, match=words):
+        pareto.data(make_search("a", trials=1), make_search("b", trials=1, settings=settings))
+
+
+def test_another_readout_is_refused(make_search):
+    other = make_search("b", trials=1, change=lambda row: row | {"trait": "authority_nats"})
+    with pytest.raises(UserError, match=r"trait readout: 'conduct_nats' in .*, 'authority_nats' in"):
+        pareto.data(make_search("a", trials=1), other)
+
+
+def test_color_takes_a_column_of_the_ledger(make_search):
+    folder = make_search()
+    for color in ("heal.tau", "heal.aggregate"):
+        assert pareto.compare((folder,), color).name == f"pareto_by_{color}"
+    with pytest.raises(UserError, match=r"did you mean heal\.tau"):
+        pareto.data(folder, color="heal.tua")
+    with pytest.raises(UserError, match="one search"):
+        pareto.data(folder, folder, color="heal.tau")
+
+
+def test_labels_cover_neither_points_nor_each_other(make_search):
+    figure = pareto.draw(pareto.data(make_search()))
+    axes = figure.axes[0]
+    boxes = [t.get_window_extent() for t in axes.texts if t.get_text()]
+    assert len(boxes) > 5
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+
+
+def test_trajectory_walks_from_base_over_steered_to_healed(make_search):
+    folder = make_search()
+    d = trajectory.data(folder, trial=3)
+    rows = folders.read(folder).rounds.query("trial == 3")
+    assert list(d.states["state"]) == ["base", *["steered", "healed"] * 3]
+    assert list(d.states["step"]) == [0, 0.5, 1, 1.5, 2, 2.5, 3]
+    healed = d.states[d.states["state"] == "healed"]
+    assert list(healed["trait_gain"]) == list(rows["trait_gain"])
+    assert list(healed["incoherence"]) == pytest.approx(list(1 - rows["coherence"]))
+    assert d.floor == pytest.approx(1 - 0.85 * 0.93) and d.wanted == {"authority": -1}
+    with pytest.raises(UserError, match="--trial 99"):
+        trajectory.data(folder, trial=99)
+
+
+def test_trajectory_of_the_front_starts_with_what_gains_most(make_search):
+    folder = make_search()
+    rounds = folders.read(folder).rounds
+    want = rounds[rounds["front"]].groupby("trial")["trait_gain"].max().sort_values(ascending=False).index[:4]
+    assert list(trajectory.data(folder).states["trial"].unique()) == list(want)
+
+
+def test_the_setting_that_matters_is_ranked_first(make_search):
+    def only_tau(row):  # the aggregate decides nothing: both objectives follow tau alone
+        tau = float(row["adapter"].removesuffix(str(row["round"])).removesuffix("mean").removesuffix("rmse"))
+        return row | dict(trait_gain=tau, coherence_kept=1 - 0.03 * tau, violation=-0.1, deliverable=True)
+
+    importance = knobs.data(make_search(trials=40, rounds=1, change=only_tau)).importance
+    assert (importance.loc["heal.tau"] > 0.8).all() and importance.sum().tolist() == pytest.approx([1, 1])
+
+
+def test_too_few_trials_are_not_ranked(make_search):
+    d = knobs.data(make_search(trials=4))
+    assert d.importance.empty and "4 finished trials: too few" in d.words
+    one = knobs.data(make_search("one", space={"heal.tau": SPACE["heal.tau"]}))
+    assert one.importance.empty and "nothing to rank" in one.words
+
+
+def write_events(folder, rows):
+    (folder / "events").mkdir()
+    lines = [json.dumps(dict(zip(("time", "trial", "kind", "stage", "digest", "seconds"), row))) for row in rows]
+    (folder / "events" / "host-1.jsonl").write_text("\n".join(lines) + '\n{"time": 1.0, "tri')  # the last line is torn
+
+
+def test_progress_counts_hours_of_computing_and_what_the_store_saved(make_search):
+    folder = make_search(trials=3)
+    t = START.timestamp()
+    write_events(folder, [
+        (t, 0, "start", "heal", "a", 0.0), (t + 600, 0, "computed", "heal", "a", 600.0),
+        (t + 660, 9, "computed", "heal", "b", 360.0),  # another worker, 300 s of it beside the first
+        (t + 5000, 1, "replayed", "heal", "a", 0.0), (t + 5001, 1, "replayed", "scores", "elsewhere", 0.0),
+        (t + 7000, 1, "computed", "conduct", "c", 100.0)])
+    d = progress.data(folder)
+    assert list(d.trials["trial"]) == [0, 1, 2]
+    assert list(d.trials["hours"]) == pytest.approx([660 / 3600, 660 / 3600, 760 / 3600])
+    assert d.trials["hypervolume"].is_monotonic_increasing
+    assert d.trials["hypervolume"].iloc[-1] == pytest.approx(ledger.hypervolume(folders.read(folder).table))
+    heal, scores = d.stages.set_index("stage").loc["heal"], d.stages.set_index("stage").loc["filter"]
+    assert (heal["computed"], heal["saved"], heal["n_replayed"]) == (960.0, 600.0, 1)
+    assert (scores["saved"], scores["n_unknown"]) == (0.0, 1)
+    progress.draw_folder(folder)
+
+
+def test_survival_is_counted_per_dose_and_shared_completions_once(make_search, samples):
+    table = make_samples(90)
+    samples(pd.concat([table, table.assign(trial=1)]))
+    d = filter.data(make_search(trials=1))
+    assert len(d.samples) == 90 and list(d.survival["dose"]) == pytest.approx([0.4, 0.6, 0.8])
+    for _, row in d.survival.iterrows():
+        here = table[np.isclose(table["dose"], 5 * row["dose"])]
+        assert row["n"] == len(here) and row["kept"] == pytest.approx(here["kept"].mean())
+        # Wilson's ends solve |p - x| = z sqrt(x (1 - x) / n)
+        for end in (row["low"], row["high"]):
+            assert abs(row["kept"] - end) == pytest.approx(1.96 * (end * (1 - end) / row["n"]) ** 0.5)
+    near = d.samples[d.samples["borderline"]]["perplexity"]
+    assert len(near) == 4 and (near <= 40).sum() == 2
+    assert near.max() == table.loc[table["perplexity"] > 40, "perplexity"].nsmallest(2).max()
+
+
+def confirm(folder, gains):
+    """confirm.csv: for each member of the front, gains under other seeds."""
+    front = folders.read(folder).rounds.query("front").sort_values("trait_gain", ascending=False)
+    rows = [dict(trial=m["trial"], round=m["round"], seed=s, fresh=s > 0, trait_gain=gain, coherence_kept=0.9)
+            for (_, m), given in zip(front.iterrows(), gains)
+            for s, gain in enumerate((9.0, *given))]  # seed 0 is the search's own
+    pd.DataFrame(rows).to_csv(folder / "confirm.csv", index=False)
+
+
+def apart(gap):
+    """Two rounds of one trial on the front, `gap` nats apart, intervals of +-0.1."""
+    def change(row):
+        gain = 0.5 + gap * row["round"]
+        return row | dict(trait_gain=gain, trait_gain_low=gain - 0.1, trait_gain_high=gain + 0.1, deliverable=True,
+                          coherence_kept=0.99 - 0.05 * row["round"], violation=-0.1)
+    return change
+
+
+@pytest.mark.parametrize("gap, gains, verdict", [
+    (0.5, [(1.1, 1.2, 0.9), (0.6, 0.7, 0.4)], "real"),  # every seed agrees: +0.5
+    (0.5, [(1.1, 0.2, 0.9), (0.1, 0.9, 0.9)], "within seed noise"),
+    (0.5, [(0.1, 0.2, 0.3), (0.6, 0.7, 0.8)], "within seed noise"),  # clear, but the other way round
+    (0.1, [(1.1, 1.2, 0.9), (0.6, 0.7, 0.4)], "within item noise"),  # 0.1 < sqrt(2) * 0.1
+    (0.5, None, "clear of items only"), (0.5, [(1.1,), (0.6,)], "clear of items only")])
+def test_a_difference_is_real_where_items_and_seeds_agree(make_search, gap, gains, verdict):
+    folder = make_search(trials=1, rounds=2, change=apart(gap))
+    if gains:
+        confirm(folder, gains)
+    d = noise.data(folder)
+    trait = d.differences.iloc[0]
+    assert (trait["a"], trait["b"], trait["objective"]) == ("0.1", "0.0", "trait_gain")
+    assert trait["difference"] == pytest.approx(gap) and trait["item_noise"] == pytest.approx(0.1 * 2**0.5)
+    assert trait["verdict"] == verdict
+    if verdict == "real":
+        noise.draw_folder(folder)
+
+
+def test_quantiles_are_students():
+    for df, t in enumerate(noise.T975[1:], 1):
+        x = np.linspace(0, t, 200_001)
+        scale = math.gamma((df + 1) / 2) / (math.sqrt(df * math.pi) * math.gamma(df / 2))
+        density = scale * (1 + x**2 / df) ** (-(df + 1) / 2)
+        assert np.trapezoid(density, x) == pytest.approx(0.475, abs=2e-5)
+
+
+# ---------------------------------------------------------------- odd searches are drawn, in words
+
+
+def nothing_deliverable(row):
+    return row | dict(coherence_kept=0.4, violation=0.45, deliverable=False, verdict="broken", trait_gain=22.0)
+
+
+def one_gone(row):
+    return row | dict(trait_gain=math.nan, coherence_kept=math.nan, deliverable=False) if row["round"] == 1 else row
+
+
+def bare(row):
+    """A ledger without what later versions added."""
+    gone = ("draws", "log_ratio", "steered_", "coherence_low", "coherence_high", "duty", "authority", "care", "trait_gain_")
+    return {k: v for k, v in row.items() if not k.startswith(gone)}
+
+
+EVERY = (pareto, trajectory, knobs, progress, filter, noise)
+ODD = dict(one_trial=(EVERY, dict(trials=1, rounds=1)),
+           nothing_deliverable=(EVERY, dict(trials=2, change=nothing_deliverable)),
+           nan=(EVERY, dict(trials=2, change=one_gone)), bare=(EVERY, dict(trials=2, change=bare, baselines=False)),
+           inert=([knobs], dict(trials=2, change=lambda row: row | dict(duty=0.0))),
+           same=([pareto, noise], dict(trials=2, change=lambda row: row | dict(trait_gain=0.0, coherence_kept=1.0))),
+           no_space=([knobs], dict(trials=1, space={})))
+
+
+@pytest.mark.parametrize("odd", ODD)
+def test_odd_searches_are_drawn(make_search, samples, odd):
+    modules, how = ODD[odd]
+    folder = make_search(odd, **how)
+    for module in modules:
+        path = module.draw_folder(folder)
+        assert path == folder / module.__name__.removeprefix("analysis.")
+        for kind in ("png", "svg", "csv"):
+            assert path.with_name(f"{path.name}.{kind}").stat().st_size > 0
+
+
+@pytest.mark.parametrize("table", [make_samples(0), make_samples(1), make_samples(30).assign(perplexity=np.nan),
+                                   make_samples(30).assign(kept=True, reasons="", perplexity=2.0)])
+def test_odd_completions_are_drawn(make_search, samples, table):
+    samples(table)
+    filter.draw_folder(make_search(trials=1, rounds=1))
+
+
+@pytest.mark.parametrize("name", ["pareto", "trajectory", "knobs", "progress", "noise"])
+def test_no_search_is_told_in_one_line(name, tmp_path, monkeypatch, capsys):
+    module = sys.modules[f"analysis.{name}"]
+    draw = pareto.compare if name == "pareto" else module.draw_folder
+    monkeypatch.setattr(sys, "argv", [name, str(tmp_path)])
+    with pytest.raises(SystemExit) as exit:
+        folders.command(draw, name, module.__doc__)
+    assert exit.value.code == 2 and "holds no ledger" in capsys.readouterr().err

@@ -1,0 +1,67 @@
+import os
+import signal
+import time
+
+import pytest
+
+from steerheal import driver, plan
+from steerheal.driver import Machine
+from steerheal.errors import UserError
+
+
+def test_a_spent_wall_budget_asks_to_stop_and_names_itself(tmp_path, capfd):
+    with driver._stop_requests(tmp_path, 1e-9) as why:
+        while not (tmp_path / ".stop").exists() or not why:
+            time.sleep(0.01)
+    assert why == ["hours"] and "wall budget" in capfd.readouterr().err
+    (tmp_path / ".stop").unlink()
+    with driver._stop_requests(tmp_path, 100) as why:
+        assert not why
+    assert not (tmp_path / ".stop").exists()
+
+
+def test_a_signal_asks_to_stop_and_a_second_one_ends(tmp_path):
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt), driver._stop_requests(tmp_path, None) as why:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert why == ["signal"] and (tmp_path / ".stop").exists()
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def nodes(*resources):
+    return [dict(Alive=True, Resources=r) for r in resources] + [dict(Alive=False, Resources=dict(CPU=99, GPU=9))]
+
+
+@pytest.mark.parametrize("found,machine,expected", [
+    (nodes(dict(CPU=8)), Machine(), dict(cpu=8, gpu=0)),
+    (nodes(dict(CPU=8, GPU=1)), Machine(concurrent=2), dict(cpu=4, gpu=0.5)),
+    (nodes(dict(CPU=8, GPU=4)), Machine(concurrent=2), dict(cpu=4, gpu=1)),
+    (nodes(dict(CPU=2, GPU=1), dict(CPU=2, GPU=1)), Machine(), dict(cpu=2, gpu=1)),  # never more than one node has
+    (nodes(dict(CPU=2), dict(CPU=2)), Machine(concurrent=8), dict(cpu=1, gpu=0)),
+    (nodes(dict(CPU=8, GPU=2)), Machine(concurrent=4, gpus_per_trial=0.25), dict(cpu=2, gpu=0.25)),
+    (nodes(dict(CPU=8, GPU=2)), Machine(gpus_per_trial=0), dict(cpu=8, gpu=0)),
+])
+def test_each_trial_gets_its_share_of_one_node(found, machine, expected, monkeypatch):
+    import ray
+
+    monkeypatch.setattr(ray, "nodes", lambda: found)
+    assert driver._resources(machine) == expected
+
+
+def test_more_cards_than_a_node_has_would_wait_for_ever(monkeypatch):
+    import ray
+
+    monkeypatch.setattr(ray, "nodes", lambda: nodes(dict(CPU=2)))
+    with pytest.raises(UserError, match="--gpus-per-trial 1: no node has that many"):
+        driver._resources(Machine(gpus_per_trial=1))
+
+
+def test_rays_files_are_local_here_and_shared_on_a_cluster(tmp_path):
+    made = plan.make("quickstart", name=None, out=tmp_path, model="m", overrides={}, trials=None, rounds=None, sampler=None,
+                     seed=None)
+    made.folder.mkdir()
+    here = driver._scratch(made, Machine())
+    assert made.folder not in here.parents and len(str(here)) < 60  # sockets allow 107 bytes
+    here.rmdir()
+    assert driver._scratch(made, Machine(address="auto")).parent == made.folder  # where every node can write

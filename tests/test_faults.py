@@ -1,0 +1,272 @@
+"""What survives: a search killed, torn and starved of disk must end as if nothing had happened.
+
+Real Ray searches on a tiny model, few and long because a start of Ray costs seconds. Ctrl-C, SIGTERM and two drivers in
+one folder are in test_search.py, two workers on one stage in test_stages.py too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import sqlite3
+import types
+
+import optuna
+import pandas as pd
+import pytest
+from conftest import TINY
+
+from benchmarks.driving import MODULE, computed, events, members, run, start, wait_for
+from steerheal import healing, ledger, models, pick, plan, searcher, spaces, stages, study_file
+from steerheal.errors import UserError
+from steerheal.loop import HealLoop
+from steerheal.settings import from_flat
+from steerheal.stages import Store
+from trainables.heal_loop import HealTrial
+
+# A driver that kills itself where the search commits to something: python -c DYING POINT INDEX ROUND, then its arguments
+DYING = """
+import json, os, signal, sys
+from steerheal import search, searcher
+point, index, round_ = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+del sys.argv[1:4]
+Searcher = searcher.StudySearcher
+suggest = Searcher.suggest
+def die(): os.kill(os.getpid(), signal.SIGKILL)
+def dying_suggest(self, trial_id):
+    proposed = suggest(self, trial_id)
+    if point == "proposed" and isinstance(proposed, dict) and proposed["index"] == index: die()
+    return proposed
+def dying(report):
+    def replaced(self, trial_id, result=None, **kw):
+        here = result and result["index"] == index and json.loads(result["row"] or "{}").get("round") == round_
+        if here and point == "stored": die()
+        report(self, trial_id, result, **kw)
+        if here and point == "reported": die()
+    return replaced
+Searcher.suggest = dying_suggest
+Searcher.on_trial_result, Searcher.on_trial_complete = dying(Searcher.on_trial_result), dying(Searcher.on_trial_complete)
+search.main()
+"""
+
+
+@pytest.fixture(scope="module")
+def expected(tiny_folder, tmp_path_factory):
+    """What an undisturbed search finds, computed without Ray and without a search: by (trial, round)."""
+    from search_spaces import quickstart
+
+    study = optuna.create_study(directions=["maximize"] * 2)
+    asked = searcher.StudySearcher(study, spaces.load("quickstart").distributions(), [0, 1, 2], {}, "tpe", 0)
+    flat = quickstart.BASE | TINY | {"model": str(tiny_folder)}
+    store = Store(tmp_path_factory.mktemp("expected"))
+    lm = models.load(from_flat(flat))
+    return {(i, round_.outcome.round): (round_.outcome.trait_gain, round_.outcome.coherence_kept, round_.chain[-1])
+            for i in range(3)
+            for round_ in HealLoop(from_flat(flat | asked.suggest(str(i))["params"]), lm, store).rounds()}
+
+
+@pytest.fixture(scope="module")
+def killed(tiny_folder, tmp_path_factory):
+    """A search whose driver was killed at each commit point in turn, then given the same command once more."""
+    out = tmp_path_factory.mktemp("killed")
+    folder = out / "quickstart"
+    sessions = []
+    for dying in ("proposed 0 0", "in a stage", "stored 0 1", "reported 1 0"):
+        program = MODULE if dying == "in a stage" else ("-c", DYING, *dying.split())
+        process = start(tiny_folder, out, TINY, program=program)
+        sessions.append(process.pid)
+        if dying == "in a stage":
+            wait_for(folder, process, lambda e: e["kind"] == "start" and e.get("stage") == "heal")
+            process.kill()
+        text = process.communicate(timeout=900)[0]
+        assert process.returncode == -signal.SIGKILL, text
+        assert (folder / ".lock").exists()  # the dead owner's lock file stays, its lock does not
+    text, code = run(tiny_folder, out, TINY)
+    assert code == 0, text
+    return out, text, sessions
+
+
+@pytest.mark.search
+def test_a_driver_killed_at_every_commit_point_loses_nothing_and_repeats_nothing(killed, expected):
+    out, text, sessions = killed
+    folder = out / "quickstart"
+    assert "1 of 3 trials are finished, going on" in text
+    rows = pd.read_parquet(folder / "ledger.parquet")
+    assert {(r.trial, r.round): (r.trait_gain, r.coherence_kept, r.adapter) for r in rows.itertuples()} == expected
+    assert len(rows) == len(expected) and set(rows["state"]) == {"complete"}
+    assert max(computed(folder).values()) == 1
+    study = ledger.open_study(folder)
+    assert not [t for t in study.trials if t.state.name == "RUNNING"]
+    assert not [pid for session in sessions for pid in members(session)]  # no worker outlives its driver
+
+
+@pytest.mark.search
+def test_a_killed_worker_and_damaged_stages_cost_only_themselves(killed, tiny_folder):
+    out, _, _ = killed
+    folder, store = out / "wounded", Store(out / ".stages")
+    first = {}
+    for e in events(out / "quickstart"):
+        if e["kind"] == "computed":
+            first.setdefault(e["stage"], store.path(e["digest"]))
+    torn, empty, flipped = (first[stage] for stage in ("conduct", "foundations", "vector"))  # the baselines': all want them
+    torn.write_bytes(torn.read_bytes()[:-10])
+    empty.write_bytes(b"")
+    data = bytearray(flipped.read_bytes())
+    data[len(data) // 2] ^= 4
+    flipped.write_bytes(data)
+
+    process = start(tiny_folder, out, TINY, "--name", "wounded", "--seed", "1", "--concurrent", "2", trials=4)
+    worker = wait_for(folder, process, lambda e: (e["trial"], e["kind"], e.get("stage")) == (1, "start", "heal"))
+    os.kill(worker, signal.SIGKILL)
+    text = process.communicate(timeout=900)[0]
+    assert process.returncode == 0, text
+    aside = [e for e in events(folder) if e["kind"] == "set aside"]
+    assert sorted(e["stage"] for e in aside) == ["conduct", "foundations", "vector"] and "3 damaged" in text
+    rows = pd.read_parquet(folder / "ledger.parquet")
+    assert set(rows["state"]) == {"complete"} and not rows.duplicated(["trial", "round"]).any()
+    assert sorted(set(rows["trial"])) == [0, 1, 2, 3]
+    assert max(computed(folder).values()) == 1
+    assert not list(out.rglob("*.tmp"))
+
+
+@pytest.mark.search
+def test_a_truncated_study_and_ledger_are_put_back(killed, tiny_folder):
+    out, _, _ = killed
+    folder = out / "quickstart"
+    before = pd.read_parquet(folder / "ledger.parquet")
+    os.truncate(folder / "study.db", 5000)
+    os.truncate(folder / "ledger.parquet", 100)
+    with pytest.raises(UserError, match="command that made the search"):
+        pick.pick(pick.Args(folder))
+    text, code = run(tiny_folder, out, TINY)
+    assert code == 0 and "put back from study.backup.db" in text and "every trial is finished" in text, text
+    pd.testing.assert_frame_equal(pd.read_parquet(folder / "ledger.parquet"), before)
+
+
+@pytest.mark.search
+def test_a_locked_study_is_a_sentence_and_loses_nothing(killed, tiny_folder):
+    out, _, _ = killed
+    with contextlib.closing(sqlite3.connect(out / "quickstart" / "study.db", isolation_level=None)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        text, code = run(tiny_folder, out, TINY)
+    assert code == 2 and "locked by another program" in text and "Traceback" not in text, text
+    assert len(ledger.latest(ledger.open_study(out / "quickstart"))) == 3
+
+
+# ---------------------------------------------------------------- without Ray
+
+
+def make_study(folder, trials):
+    folder.mkdir(exist_ok=True)
+    study = optuna.create_study(study_name="steerheal", storage=ledger.storage_url(folder), load_if_exists=True,
+                                directions=["maximize"] * 2)
+    for _ in range(trials):
+        study.tell(study.ask({"heal.tau": optuna.distributions.FloatDistribution(0, 1)}), (1.0, 1.0))
+    return study
+
+
+@pytest.mark.parametrize("damage", ["empty", "truncated", "overwritten", "gone"])
+def test_a_damaged_study_comes_back_from_its_backup(tmp_path, damage):
+    make_study(tmp_path, 3)
+    study_file.back_up(tmp_path)
+    assert study_file.mend(tmp_path) == ""
+    path = tmp_path / "study.db"
+    whole = path.read_bytes()
+    if damage == "gone":
+        path.unlink()
+    else:
+        path.write_bytes(dict(empty=b"", truncated=whole[: len(whole) // 2], overwritten=b"x" * len(whole))[damage])
+    assert "put back from study.backup.db" in study_file.mend(tmp_path)
+    assert len(ledger.open_study(tmp_path).trials) == 3
+    assert study_file.mend(tmp_path) == ""
+
+
+def test_a_study_damaged_beyond_its_backup_starts_anew_and_is_kept(tmp_path):
+    make_study(tmp_path, 2)
+    (tmp_path / "study.db").write_bytes(b"not a database")
+    (tmp_path / "study.backup.db").write_bytes(b"nor this")
+    assert "started anew" in study_file.mend(tmp_path)
+    assert (tmp_path / "study.damaged.db").read_bytes() == b"not a database"
+    assert make_study(tmp_path, 0).trials == []
+
+
+def test_a_hot_journal_is_not_rolled_back_into_the_backup(tmp_path):
+    make_study(tmp_path, 1)
+    study_file.back_up(tmp_path)
+    path = tmp_path / "study.db"
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as db:
+        db.executescript("PRAGMA cache_size = 1; BEGIN; UPDATE trials SET state = 'FAIL'; CREATE TABLE t AS "
+                         "WITH RECURSIVE n(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM n LIMIT 9999) SELECT x FROM n;")
+        shutil.copy(path.with_name("study.db-journal"), tmp_path / "journal")  # as a killed writer leaves it
+    shutil.copy(tmp_path / "journal", path.with_name("study.db-journal"))
+    path.write_bytes(b"torn")
+    assert "put back" in study_file.mend(tmp_path)
+    assert [t.state.name for t in ledger.open_study(tmp_path).trials] == ["COMPLETE"]
+
+
+@pytest.fixture
+def trial(tiny_folder, tmp_path):
+    def make(**overrides):
+        from search_spaces import quickstart
+
+        flat = quickstart.BASE | TINY | {"model": str(tiny_folder), "heal.tau": 0.5} | overrides
+        return HealTrial(dict(flat=flat, params={}, index=0, folder=str(tmp_path / "s"), store=str(tmp_path / "stages")))
+
+    return make
+
+
+def test_a_model_that_diverged_fails_its_trial_and_says_so(trial, monkeypatch):
+    heal = healing.heal
+
+    def diverged(*args):
+        factors, record = heal(*args)
+        return {name: (a * float("nan"), b) for name, (a, b) in factors.items()}, record
+
+    monkeypatch.setattr(healing, "heal", diverged)
+    result = trial(rounds=1).step()
+    row = json.loads(result["row"])
+    assert result["end"] == "rounds" and row["verdict"] == "broken" and row["coherence_kept"] == 0
+    study = optuna.create_study(directions=["maximize"] * 2)
+    told = searcher.StudySearcher(study, {"heal.tau": optuna.distributions.FloatDistribution(0, 1)}, [0], {}, "tpe", 0)
+    told.suggest("a")
+    told.on_trial_complete("a", result)
+    table = ledger.build(study)
+    assert list(table["state"]) == ["fail"] and "not finite" in table["error"][0] and not table["front"].any()
+
+
+def test_a_full_disk_ends_the_search_in_words(trial, tmp_path):
+    one = trial()
+    one.events.parent.mkdir(parents=True)
+    one.events.symlink_to("/dev/full")
+    result = one.step()
+    assert result["fatal"] and "disk is full" in result["error"], result
+
+
+@pytest.mark.parametrize("change,words", [
+    (lambda m: m.setitem(stages.VERSIONS, "heal", 99), "version of stage heal: 1 there, 99 now"),
+    (lambda m: edit(m, module=types.SimpleNamespace(domains=narrower)), "domain of heal.tau: "),
+    (lambda m: edit(m, base=spaces.load("quickstart").base | {"heal.lam": 0.5}), "heal.lam: 1.0 there, 0.5 now"),
+])
+def test_changed_stages_spaces_and_settings_are_refused_on_resume(tmp_path, monkeypatch, change, words):
+    asked = dict(name=None, out=tmp_path, model="m", overrides={}, trials=None, rounds=None, sampler=None, seed=None)
+    plan.make("quickstart", **asked).write()
+    change(monkeypatch)
+    with pytest.raises(UserError, match="--name OTHER") as refused:
+        plan.make("quickstart", **asked)
+    assert words in str(refused.value)
+
+
+def edit(monkeypatch, **changes):
+    """As if the file of the space had been edited."""
+    space = spaces.load("quickstart")
+    monkeypatch.setattr(spaces, "load", lambda name: dataclasses.replace(space, **changes))
+
+
+def narrower():
+    from ray import tune
+
+    return {"heal.tau": tune.loguniform(0.02, 0.5)}

@@ -1,0 +1,99 @@
+"""What a sampler proposes must not depend on whether the search was interrupted."""
+
+import importlib.util
+import json
+import warnings
+
+import optuna
+import pytest
+from optuna.distributions import CategoricalDistribution, FloatDistribution
+
+from steerheal import ledger, searcher
+from steerheal.errors import UserError
+
+SPACE = {"heal.tau": FloatDistribution(0.01, 1.0, log=True), "heal.aggregate": CategoricalDistribution(["mean", "rmse"])}
+HAS_SCIPY = importlib.util.find_spec("scipy") is not None
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    warnings.simplefilter("ignore")
+
+
+def study(folder):
+    folder.mkdir(exist_ok=True)
+    return optuna.create_study(study_name="steerheal", storage=ledger.storage_url(folder), load_if_exists=True,
+                               directions=["maximize", "maximize"])
+
+
+def drive(folder, sampler, indices, fixed=None, cut=None, **kw):
+    """Run trials whose outcome follows from their parameters; stop without a word inside trial `cut`."""
+    search = searcher.StudySearcher(study(folder), SPACE, indices, fixed or {}, sampler, 3, **kw)
+    seen = {}
+    for _ in indices:
+        asked = search.suggest("t")
+        seen[asked["index"]] = asked["params"]
+        if asked["index"] == cut:
+            return seen
+        tau = asked["params"]["heal.tau"]
+        row = dict(round=0, trait_gain=tau, coherence_kept=1 - 0.3 * tau, violation=0.3 * tau - 0.15)
+        search.on_trial_complete("t", dict(end="rounds", row=json.dumps(row)))
+    return seen
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "random", "nsgaii", pytest.param(
+    "gp", marks=pytest.mark.skipif(not HAS_SCIPY, reason="the extra gp is not installed"))])
+def test_a_resumed_search_proposes_what_an_undisturbed_one_would(sampler, tmp_path):
+    n, cut = (12, 9) if sampler == "gp" else (22, 12)
+    whole = drive(tmp_path / "whole", sampler, list(range(n)))
+    drive(tmp_path / "cut", sampler, list(range(n)), cut=cut)
+    again = study(tmp_path / "cut")
+    fixed = searcher.recover(again)
+    assert list(fixed) == [cut]
+    resumed = drive(tmp_path / "cut", sampler, searcher.missing(again, n), fixed)
+    assert resumed == {i: whole[i] for i in range(cut, n)}
+    assert len({json.dumps(p, sort_keys=True) for p in whole.values()}) > n // 2
+
+
+def test_the_generations_of_nsgaii_survive_an_interruption(tmp_path):
+    drive(tmp_path, "nsgaii", list(range(20)), cut=12)
+    fixed = searcher.recover(study(tmp_path))
+    drive(tmp_path, "nsgaii", list(range(12, 20)), fixed)
+    generations = [t.system_attrs["NSGAIISampler:generation"] for t in ledger.latest(study(tmp_path)).values()]
+    assert generations == [i // searcher.STARTUP_TRIALS for i in range(20)]
+
+
+def test_gp_without_scipy_names_the_way_out(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install scipy"):
+        searcher.make_sampler("gp", 0)
+
+
+def test_a_grids_points_are_proposed_as_they_are(tmp_path):
+    points = [{"heal.tau": tau, "heal.aggregate": a} for tau in (0.1, 0.5) for a in ("mean", "rmse")]
+    assert drive(tmp_path, "grid", list(range(4)), dict(enumerate(points))) == dict(enumerate(points))
+
+
+def test_halving_ends_a_dominated_trial_at_a_rung_as_complete(tmp_path):
+    search = searcher.StudySearcher(study(tmp_path), SPACE, [0, 1], {}, "random", 0, halve=True)
+    for name, gain in (("good", 1.0), ("bad", 0.1)):
+        search.suggest(name)
+        for r in range(4):
+            row = dict(round=r, trait_gain=gain, coherence_kept=0.9 + gain / 100, violation=-0.05)
+            result = dict(end="rounds" if r == 3 else "", row=json.dumps(row))
+            if search.stops(name, result) or result["end"]:
+                search.on_trial_complete(name, result)
+                break
+            search.on_trial_result(name, result)
+    ends = [(t.state.name, t.user_attrs["end"], len(t.user_attrs["rounds"])) for t in study(tmp_path).trials]
+    assert ends == [("COMPLETE", "rounds", 4), ("COMPLETE", "halved", 2)]
+    assert study(tmp_path).trials[1].values == [0.1, 0.901]
+
+
+def test_the_study_holds_what_optunas_own_tools_read(tmp_path):
+    drive(tmp_path, "random", [0])
+    trial = study(tmp_path).trials[0]
+    constraint = pytest.approx(0.3 * trial.params["heal.tau"] - 0.15)
+    assert trial.constraints["deliverable"] == constraint and trial.system_attrs["constraints"] == [constraint]
+    assert trial.user_attrs["rounds"][0]["trait_gain"] == trial.values[0]

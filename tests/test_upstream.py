@@ -1,0 +1,97 @@
+"""Runs where steering-lite is installed (pip install -e '.[upstream]'); the error without it is tested everywhere."""
+
+import importlib.util
+
+import pytest
+import torch
+from conftest import TINY, make_lm
+
+from steerheal import chat, steering, upstream
+from steerheal.errors import UserError
+from steerheal.generation import generate, greedy
+from steerheal.loop import HealLoop
+from steerheal.settings import from_flat
+from steerheal.stages import Store
+from steerheal.steering import Vector, steered
+
+INSTALLED = importlib.util.find_spec("steering_lite") is not None
+needs = pytest.mark.skipif(not INSTALLED, reason="steering-lite is not installed")
+PERSONAS = ("You are kind.", "You are cruel.")
+CONTEXTS = ["What now?", "Tell me about the sea.", "Why?"]
+IDS = torch.tensor([[5, 6, 7, 8, 9]])
+
+
+@pytest.mark.skipif(INSTALLED, reason="steering-lite is installed")
+def test_without_the_package_both_ways_out_are_named(tmp_path):
+    with pytest.raises(UserError, match=r"upstream.*steer.method=mean_diff"):
+        HealLoop(from_flat(TINY | {"steer.method": "steering-lite:sspace"}), make_lm(), Store(tmp_path))
+
+
+@needs
+def test_an_unknown_method_names_the_known_ones():
+    with pytest.raises(UserError, match="steering-lite:sspace"):
+        upstream.check("steering-lite:nothing")
+
+
+@needs
+def test_files_go_both_ways(tmp_path):
+    import steering_lite as sl
+
+    ours = Vector({1: torch.randn(32), 2: torch.randn(32)})
+    steering.save(ours, tmp_path / "ours.safetensors", 2.0)
+    theirs = sl.Vector.load(str(tmp_path / "ours.safetensors"))
+    assert theirs.cfg.method == "mean_diff" and theirs.cfg.coeff == 2.0 and theirs.cfg.layers == [1, 2]
+    assert all(torch.equal(theirs.state[i]["v"], ours.layers[i]) for i in (1, 2))
+    lm = make_lm()
+    with torch.no_grad():
+        with steered(lm, ours, 2.0):
+            want = lm.model(IDS).logits
+        with theirs(lm.model):
+            torch.testing.assert_close(lm.model(IDS).logits, want, atol=1e-5, rtol=1e-5)
+    theirs.save(str(tmp_path / "theirs.safetensors"))
+    back = steering.load(tmp_path / "theirs.safetensors")
+    assert all(torch.equal(back.layers[i], ours.layers[i]) for i in (1, 2))
+
+
+@needs
+def test_mean_diff_agrees_with_theirs():
+    import steering_lite as sl
+
+    lm = make_lm()
+    ours = steering.extract(lm, *PERSONAS, CONTEXTS, [1, 2])
+    pos, neg = ([chat.text(lm.tokenizer, p, [("user", c)]) for c in CONTEXTS] for p in PERSONAS)
+    theirs = sl.Vector.train(lm.model, lm.tokenizer, pos, neg,
+                             sl.MeanDiffC(layers=(1, 2), normalize=False, dtype=torch.float32))
+    for i in (1, 2):
+        torch.testing.assert_close(ours.layers[i], theirs.state[i]["v"], atol=1e-5, rtol=1e-4)
+
+
+@needs
+@pytest.mark.parametrize("name", ["mean_diff", "cosine_gated", "pca", "spherical", "sspace", "directional_ablation"])
+def test_their_methods_act_as_their_own_code_does_and_a_batch_mixes_doses(name, tmp_path):
+    import steering_lite as sl
+
+    lm = make_lm()
+    vector = upstream.extract(lm, *PERSONAS, CONTEXTS, [1, 2], f"steering-lite:{name}")
+    again = upstream.LiteVector.from_tensors(vector.tensors(), vector.method)
+    steering.save(again, tmp_path / "v.safetensors", 0.4)
+    with torch.no_grad():
+        plain = lm.model(IDS).logits
+        with steered(lm, again, torch.tensor([0.4, 0.1])):
+            ours = lm.model(IDS.repeat(2, 1)).logits
+        for row, dose in enumerate((0.4, 0.1)):
+            theirs = sl.Vector.load(str(tmp_path / "v.safetensors"))
+            if theirs.cfg.layers is None:
+                theirs.cfg.layers = (1, 2)
+            with theirs(lm.model, C=dose):
+                torch.testing.assert_close(ours[row], lm.model(IDS).logits[0], atol=1e-4, rtol=1e-4)
+        assert (ours[0] - plain[0]).abs().max() > 1e-3
+    mixed = generate(lm, [[1, 2, 3]] * 2, greedy(5), vector=again, doses=[0.4, 0.1])
+    assert mixed[1] == generate(lm, [[1, 2, 3]], greedy(5), vector=again, doses=[0.1])[0]
+
+
+@needs
+def test_the_loop_runs_on_one_of_theirs(tmp_path):
+    loop = HealLoop(from_flat(TINY | {"steer.method": "steering-lite:sspace", "steer.unit": "raw", "rounds": 1}), make_lm(),
+                    Store(tmp_path))
+    assert [r.outcome.round for r in loop.rounds()] == [0]
