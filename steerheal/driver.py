@@ -107,7 +107,8 @@ def _tune(plan: Plan, search: searcher.StudySearcher, machine: Machine, count: i
             _connect(machine, scratch)
             tuner = tune.Tuner(
                 tune.with_resources(HealTrial, _resources(machine)),
-                param_space=dict(flat=to_flat(plan.settings), folder=str(plan.folder), store=str(plan.store), commit=plan.commit),
+                param_space=dict(flat=to_flat(plan.settings), folder=str(plan.folder), store=str(plan.store),
+                                 commit=plan.commit),
                 tune_config=tune.TuneConfig(search_alg=search, num_samples=count, reuse_actors=True,
                                             max_concurrent_trials=machine.concurrent),
                 run_config=tune.RunConfig(name="run", storage_path=str(scratch), stop=Halt(), verbose=0,

@@ -22,7 +22,7 @@ from steerheal.stages import Result, Store, digest_of
 
 def report(plan: Plan) -> int:
     """Print which trials would run, how much of each the store has, and time and disk from past searches."""
-    weights.locate(plan.settings.model)
+    weights.locate(plan.settings.model, plan.commit)
     study = _copy_in_memory(plan.folder)
     fixed = searcher.recover(study)
     if plan.sampler == "grid":
@@ -33,7 +33,7 @@ def report(plan: Plan) -> int:
     print(f"{plan.trials - len(todo)} finished, {len(todo)} to run")
     known = [i for i in todo if i in fixed or i < searcher.STARTUP_TRIALS or plan.sampler == "random" or i == todo[0]]
     search = searcher.StudySearcher(study, plan.space.distributions(), known, fixed, plan.sampler, plan.seed)
-    lm = models.load(plan.settings) if known else None
+    lm = models.load(plan.settings, plan.commit) if known else None
     for index in known:
         params = search.suggest(str(index))["params"]
         loop = HealLoop(from_flat(to_flat(plan.settings) | params), lm, store := ReadOnly(plan.store))  # type: ignore[arg-type]

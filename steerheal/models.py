@@ -143,7 +143,7 @@ def load(settings: Settings, commit: str = "") -> LM:
 
         for module in model.modules():  # else a CPU with AVX512-BF16 repacks the weights for inference and cuts gradients
             if isinstance(module, Linear4bit):
-                module.support_avx512bf16_for_cpu = False
+                setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010  no attribute that nn.Module declares
     if tokenizer.chat_template is None:
         raise UserError(f"model = {settings.model!r} has no chat template: it is a base model. Name an instruct model.")
     digest = hashlib.sha256(f"{weights_digest(path)} {settings.dtype} {settings.attention} {settings.quantise}".encode())
@@ -155,6 +155,12 @@ def wrap(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str, 
     """An LM around a model that is already in memory (tests, notebooks)."""
     model.eval()
     model.requires_grad_(False)
+    if quantised:
+        # On CPUs with AVX512-BF16, bitsandbytes repacks 4-bit weights at the first pass without gradients, for a kernel
+        # that has no backward: later gradients would lose every quantised layer, with no more than a warning.
+        for module in model.modules():
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010  no attribute that nn.Module declares
     return LM(name, digest, model, tokenizer, quantised)
 
 

@@ -214,7 +214,8 @@ def trial(tiny_folder, tmp_path):
         from search_spaces import quickstart
 
         flat = quickstart.BASE | TINY | {"model": str(tiny_folder), "heal.tau": 0.5} | overrides
-        return HealTrial(dict(flat=flat, params={}, index=0, folder=str(tmp_path / "s"), store=str(tmp_path / "stages")))
+        return HealTrial(dict(flat=flat, params={}, index=0, folder=str(tmp_path / "s"), store=str(tmp_path / "stages"),
+                              commit=""))
 
     return make
 

@@ -135,3 +135,23 @@ def test_auto_says_what_it_takes_and_that_results_do_not_compare(monkeypatch, me
     name, why = weights.resolve("auto")
     assert name == chosen and chosen in why and "not comparable" in why
     assert weights.resolve("x/y") == ("x/y", "")
+
+
+def test_four_bit_gradients_survive_a_pass_without_gradients(tmp_path, cache):
+    from conftest import make_model, make_tokenizer
+
+    tokenizer = make_tokenizer()
+    make_model("llama", len(tokenizer) + 8).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    lm = models.load(from_flat({"model": str(tmp_path), "quantise": "nf4", "device": "cpu"}))
+    states = torch.randn(1, 5, 32, dtype=torch.bfloat16, generator=torch.Generator().manual_seed(0))
+
+    def gradient():
+        x = states.clone().requires_grad_()
+        lm.decoder(inputs_embeds=x).last_hidden_state.float().square().sum().backward()
+        return x.grad
+
+    before = gradient()
+    with torch.no_grad():
+        lm.decoder(inputs_embeds=states)
+    assert before.abs().sum() > 0 and torch.equal(gradient(), before)
