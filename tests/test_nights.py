@@ -120,7 +120,7 @@ import runpy, sys, torch
 def refuse(*args, **kw): raise AssertionError("the driver touched CUDA")
 torch.cuda._lazy_init = torch.cuda.is_available = torch.cuda.device_count = refuse
 sys.argv = sys.argv[1:]
-runpy.run_module("steerheal.search", run_name="__main__")
+runpy.run_module("steerheal.search", run_name="__main__", alter_sys=True)
 """
 
 
