@@ -23,10 +23,10 @@ import tyro
 from steerheal import pareto
 from steerheal.cli import run_main
 from steerheal.errors import UserError
+from steerheal.ledger import searched
 from steerheal.objectives import REFERENCE_POINT
 from steerheal.searcher import make_sampler
 from steerheal.stages import seed_of
-from steerheal.status import searched
 
 OUTCOMES = ["trait_gain", "coherence_kept", "deliverable"]
 
