@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from analysis import report
-from steerheal import events, ledger, searcher
+from steerheal import events, ledger, searcher, study_file
 from steerheal.display import Display
 from steerheal.errors import UserError
 from steerheal.plan import Plan
@@ -68,6 +68,7 @@ def run(plan: Plan, study: Any, space: dict[str, Any], todo: list[int], fixed: d
         def on_change(index: int, row: dict[str, Any] | None) -> None:
             if row:
                 scalars.add(index, row)
+            study_file.back_up(plan.folder)
             display.update(ledger.write(study, plan.folder))
             report.refresh(plan.folder)
 

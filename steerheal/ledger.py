@@ -138,9 +138,7 @@ def _busy_seconds(spans: list[tuple[datetime, datetime]]) -> float:
 
 
 def write(study: optuna.Study, folder: Path) -> pd.DataFrame:
-    """Rebuild ledger.parquet, ledger.csv, front.csv, baselines.csv and progress.csv in a search's folder, and back its
-    study up; the ledger."""
-    study_file.back_up(folder)
+    """Rebuild ledger.parquet, ledger.csv, front.csv, baselines.csv and progress.csv in a search's folder; the ledger."""
     table = build(study)
     baselines = pd.DataFrame(study.user_attrs.get("baselines", []))
     buffer = io.BytesIO()
