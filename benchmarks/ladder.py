@@ -41,7 +41,7 @@ def main() -> None:
 
 
 def measure(out: Path, small: bool) -> None:
-    rows, items = [], []
+    items = []
     trait = personas.load("authority")
     for name, (shots, doses) in list(MODELS.items())[: 1 if small else 2]:
         lm = models.load(from_flat({"model": name}))
@@ -58,7 +58,6 @@ def measure(out: Path, small: bool) -> None:
             for metric in metrics:
                 e = reading.estimate(metric)
                 row |= {metric: e.value, f"{metric}_low": e.low, f"{metric}_high": e.high}
-            rows.append(row)
             values = {f"p[{f}]": reading.p[:, k] for k, f in enumerate(FOUNDATIONS)} | {"coherence": reading.mass}
             values |= {"conduct": reading.conduct, "control": reading.control} if acts else {}
             items += [dict(model=name, dose=dose, readout=r, item=i, value=round(float(v), 6))
@@ -66,7 +65,6 @@ def measure(out: Path, small: bool) -> None:
             print("  ".join(f"{k} {v:+.3f}" if isinstance(v, float) else f"{v}" for k, v in row.items()
                             if not k.endswith(("low", "high"))), flush=True)
         del lm
-    pd.DataFrame(rows).to_csv(out / "ladder.csv", index=False)
     pd.DataFrame(items).to_csv(out / "items.csv", index=False)
 
 
@@ -84,6 +82,7 @@ def draw(items: pd.DataFrame, path: Path) -> None:
 
     from analysis import style
 
+    drawn = []
     figure, axes = plt.subplots(2, 2, figsize=(9, 6), sharex="col", sharey="row", height_ratios=(2, 1))
     for column, (name, rows) in enumerate(items.groupby("model", sort=False)):
         top, bottom = axes[0][column], axes[1][column]
@@ -94,6 +93,7 @@ def draw(items: pd.DataFrame, path: Path) -> None:
             if readout not in set(rows["readout"]):
                 continue
             moved = shift(rows, readout)
+            drawn.append(moved.assign(model=name, readout=readout))
             top.fill_between(moved["dose"], moved["low"], moved["high"], color=colour, alpha=0.2, linewidth=0)
             top.plot(moved["dose"], moved["value"], color=colour, marker="o", markersize=4)
             y = moved["high"].iloc[-1] + at if at else moved["value"].iloc[-1]
@@ -110,7 +110,7 @@ def draw(items: pd.DataFrame, path: Path) -> None:
     axes[1][0].set_ylabel("coherence (better ↑)")
     axes[1][0].set_ylim(0, 1)
     figure.align_ylabels()
-    style.save(figure, path)
+    style.save(figure, pd.concat(drawn), path)
 
 
 if __name__ == "__main__":

@@ -38,7 +38,8 @@ class Live(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor) and tensor.device.type != "meta":
+            # weights packed for a CPU's decode loop have no storage to ask, and no counterpart on a card
+            if isinstance(tensor, torch.Tensor) and tensor.device.type != "meta" and not tensor.is_mkldnn:
                 self.see(tensor.untyped_storage())
         return out
 

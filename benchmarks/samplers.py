@@ -169,8 +169,7 @@ def report(args: Args) -> int:
     for sampler, rows in table.groupby("sampler", sort=False):
         at = rows.set_index("trial")
         print(f"{sampler:10}" + "".join(f"{at['mean'][n]:10.3f} [{at['low'][n]:.3f}, {at['high'][n]:.3f}]" for n in marks))
-    style.save(draw(table, args.grid.parent.name or args.grid.stem, args.repeats), args.grid.parent / "samplers")
-    table.to_csv(args.grid.parent / "samplers.csv", index=False)
+    style.save(draw(table, args.grid.parent.name or args.grid.stem, args.repeats), table, args.grid.parent / "samplers")
     last = table[table["trial"] == marks[-1]].set_index("sampler")
     print("RESULT trials=" + str(marks[-1]) + "".join(f" {s}={last['mean'][s]:.4f} {s}_low={last['low'][s]:.4f} "
                                                      f"{s}_high={last['high'][s]:.4f}" for s in samplers))

@@ -119,8 +119,8 @@ def scoring(m: Shape, rows: int) -> float:
     return 8.0 * rows * m.vocabulary
 
 
-def saved(m: Shape, s: Settings, tokens: int) -> float:
-    """What the blocks keep for the backward pass."""
+def saved(m: Shape, s: Settings, tokens: int) -> tuple[float, float]:
+    """What the blocks keep until the backward pass, and what that pass makes again of one block after the other."""
     lo, hi = s.heal.band
     adapted = m.adapted(lo, hi)
     above = m.layers - min(int(lo * m.layers), m.layers - 1)  # gradients flow from the top down to the lowest adapter
@@ -129,9 +129,9 @@ def saved(m: Shape, s: Settings, tokens: int) -> float:
     else:
         block, lora = m.bytes * m.norm_inputs, 4 * (2 * m.hidden + m.intermediate)
     block += m.bytes * (4 * m.queries + 3 * m.intermediate)
-    if s.heal.gradient_checkpointing:  # every block its input, and one block at a time all it needs
-        return float(tokens) * (m.layers * m.hidden * m.bytes + block + lora)
-    return float(tokens) * (above * block + adapted * lora)
+    if s.heal.gradient_checkpointing:
+        return float(tokens) * m.layers * m.hidden * m.bytes, float(tokens) * (block + lora)
+    return float(tokens) * (above * block + adapted * lora), 0.0
 
 
 def healing(m: Shape, s: Settings, samples: int, prompt: int, new: int, device: str) -> float:
@@ -143,7 +143,8 @@ def healing(m: Shape, s: Settings, samples: int, prompt: int, new: int, device: 
     first = min(LOSS_LOGITS[device], micro * new * m.vocabulary)
     second = min(LOSS_LOGITS[device], micro * new * m.vocabulary - first)
     loss = 4.0 * max(LOSS_COPIES * first, LOSS_LEFT * first + LOSS_COPIES * second) + 8.0 * micro * new * m.hidden
-    return OPTIMISER_COPIES * m.adapter(s) + states + saved(m, s, micro * (prompt + new)) + loss
+    kept, again = saved(m, s, micro * (prompt + new))
+    return OPTIMISER_COPIES * m.adapter(s) + states + kept + max(loss, again)  # the loss is gone when blocks are remade
 
 
 def stages(m: Shape, s: Settings, device: str) -> dict[str, float]:

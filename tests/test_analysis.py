@@ -6,7 +6,6 @@ import datetime
 import json
 import math
 import sys
-import types
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -15,7 +14,7 @@ import pandas as pd
 import pytest
 
 from analysis import filter, folders, knobs, noise, pareto, progress, trajectory
-from steerheal import ledger, objectives
+from steerheal import ledger, objectives, records
 from steerheal.errors import UserError
 
 START = datetime.datetime(2026, 1, 1)
@@ -105,7 +104,7 @@ def make_samples(n=400, seed=0):
 def samples(monkeypatch):
     """Lets a test say which completions a search made."""
     def set_to(table):
-        monkeypatch.setitem(sys.modules, "steerheal.records", types.SimpleNamespace(samples=lambda folder: table.copy()))
+        monkeypatch.setattr(records, "samples", lambda folder: table.copy())
 
     set_to(make_samples())
     return set_to

@@ -73,6 +73,6 @@ def test_rounds_leave_nothing_behind(tmp_path, monkeypatch):
         loop = HealLoop(from_flat(TINY | {"rounds": 4, "generate.n_keep": 6}), lm, Store(tmp_path))
         for round_ in loop.rounds():
             history = sum(layer.lora_A["history"].weight.nbytes + layer.lora_B["history"].weight.nbytes
-                          for layer in loop.student.layers.values())
+                          for layer in loop.bench.student.layers.values())
             alive[round_.outcome.round] = live.now - history
     assert alive[3] <= 1.02 * alive[1] + 4096, alive  # the vectors of each student's extraction stay: 4 KB here

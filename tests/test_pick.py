@@ -88,7 +88,7 @@ def test_an_exported_adapter_is_the_student_and_its_card_loads_it(members, tmp_p
     export.write_adapter(members[1], tmp_path / "mine")
     ids = [5, 9, 20, 30]
     loaded = PeftModel.from_pretrained(base(members[1]), tmp_path / "mine")
-    student = chat_ui.open_loop(members[1]).student
+    student = chat_ui.open_bench(members[1]).student
     student.load_history([export.factors(members[1])])
     torch.testing.assert_close(logits(loaded, ids), logits(student.lm.model, ids), atol=1e-4, rtol=0)
     assert (logits(loaded, ids) - logits(base(members[1]), ids)).abs().max() > 0.1  # it does something
@@ -130,7 +130,7 @@ def test_one_question_goes_to_base_and_to_everyone(members, loud, capsys):
     said = answers(capsys.readouterr().out)
     assert [heading.split(":")[0] for heading in said] == ["base", "trial 0 round 0", "trial 0 round 1"]
     assert len(set(said.values())) == 3
-    student = chat_ui.open_loop(members[0]).student
+    student = chat_ui.open_bench(members[0]).student
     ids = [chat.prompt(student.lm.tokenizer, PROMPT)]
     for heading, chain in zip(said, ([], [members[0]], [members[1]])):
         student.load_history([loud(m) for m in chain])
@@ -174,7 +174,7 @@ def test_a_chat_keeps_the_students_words_and_compares_with_base(members, loud, m
     assert "[trial 0 round 0] " in text and "[base] " in text and "[base, dose 300] " in text
     assert "error: /dose x" in text and text.count("/reset: forget") == 2
     # the three answers to hello, computed another way
-    student, (vector, _) = session.student, session.loop.vector(())
+    student, (vector, _) = session.student, session.bench.vector(())
     with steered(lm, vector, 300.0), student.base():
         [steered_base] = generate(lm, [first], greedy(12))
     with student.base():

@@ -46,4 +46,4 @@ def test_a_search_that_nobody_runs_says_how_to_go_on(folder, capsys):
 
 
 def test_the_searched_settings_are_the_columns_before_the_rounds(folder):
-    assert status.searched(ledger.read(folder)) == ["heal.tau"]
+    assert ledger.searched(ledger.read(folder)) == ["heal.tau"]
