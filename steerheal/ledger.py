@@ -138,14 +138,14 @@ def _busy_seconds(spans: list[tuple[datetime, datetime]]) -> float:
 
 
 def write(study: optuna.Study, folder: Path) -> pd.DataFrame:
-    """Rebuild ledger.parquet, ledger.csv, front.csv, baselines.csv and progress.csv in a search's folder; the ledger."""
+    """Rebuild ledger.parquet, ledger.csv, front.csv, baselines.csv and hypervolume.csv in a search's folder; the ledger."""
     table = build(study)
     baselines = pd.DataFrame(study.user_attrs.get("baselines", []))
     buffer = io.BytesIO()
     table.to_parquet(buffer, index=False)
     atomic_write(folder / "ledger.parquet", buffer.getvalue())
     for name, frame in (("ledger", table), ("front", front(table)), ("baselines", baselines),
-                        ("progress", progress(study, table))):
+                        ("hypervolume", progress(study, table))):
         atomic_write(folder / f"{name}.csv", frame.to_csv(index=False).encode())
     return table
 

@@ -70,6 +70,7 @@ class Args:
 
 
 def main() -> None:
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # libraries ask for cards: no CUDA context for that
     args = tyro.cli(Args, args=merged_flags(sys.argv[1:], "--set"), prog="python -m steerheal.search",
                     config=(tyro.conf.FlagCreatePairsOff,))
     run_main(lambda: dispatch(args))

@@ -23,7 +23,7 @@ def show(folder: Path) -> int:
     try:
         plan = json.loads((folder / "search.json").read_text())
         table = ledger.read(folder)
-        progress = pd.read_csv(folder / "progress.csv")
+        progress = pd.read_csv(folder / "hypervolume.csv")
     except FileNotFoundError as error:
         there = ", ".join(sorted(p.parent.name for p in folder.parent.glob("*/search.json"))) or "none"
         raise UserError(f"{folder} holds no search ({Path(error.filename).name} is missing). Searches beside it: "

@@ -120,7 +120,8 @@ def tiny_folder(tmp_path_factory):
 TINY = {
     "rounds": 2, "dtype": "float32", "steer.contexts": 4, "steer.band": [0.25, 0.75], "steer.alpha": 0.5,
     "generate.prompts": 4, "generate.max_new_tokens": 12, "generate.n_keep": 12, "generate.min_train": 4,
-    "filter.coherence": False, "heal.r": 4, "heal.epochs": 1, "heal.lr": 1e-3, "heal.band": [0.0, 1.0],
+    "filter.coherence": False, "filter.ppl_gate": 1e9, "filter.soup_gate": 1e9, "filter.repetition_gate": 1.0,
+    "heal.r": 4, "heal.epochs": 1, "heal.lr": 1e-3, "heal.band": [0.0, 1.0],
     "evaluate.n_items": 7, "evaluate.shots": 0, "evaluate.n_conduct": 2, "evaluate.n_fluency": 2,
     "evaluate.fluency_tokens": 8, "evaluate.ladder": [1.0], "evaluate.trait": "conduct",
 }

@@ -208,9 +208,9 @@ def test_whole_loop(lm, tmp_path, monkeypatch):
     with torch.no_grad():
         after = lm.decoder(input_ids=ids).last_hidden_state
         assert not torch.equal(after, before)
-        with loop.student.base():
+        with loop.bench.student.base():
             assert torch.equal(lm.decoder(input_ids=ids).last_hidden_state, before)
-    touched = set(loop.student.layers)
+    touched = set(loop.bench.student.layers)
     assert touched and all(path.startswith(lm.blocks_path) for path in touched)
     if not multimodal:
         return
@@ -219,7 +219,7 @@ def test_whole_loop(lm, tmp_path, monkeypatch):
     # what is exported loads on the multimodal class and gives the states that were scored
     from peft import PeftModel
 
-    factors = history.fold([history.from_tensors(loop.stored(d).tensors) for d in rounds[-1].chain])
+    factors = history.fold([history.from_tensors(loop.bench.stored(d).tensors) for d in rounds[-1].chain])
     history.export(factors, tmp_path / "adapter", "google/gemma-3-4b-it")
     fresh = build(lm.tokenizer, True)
     loaded = PeftModel.from_pretrained(fresh.model, tmp_path / "adapter")

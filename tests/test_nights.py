@@ -119,7 +119,7 @@ def test_a_disk_that_fills_up_costs_one_stage(tmp_path, monkeypatch):
 DRIVER_WITHOUT_CUDA = """
 import runpy, sys, torch
 def refuse(*args, **kw): raise AssertionError("the driver touched CUDA")
-torch.cuda._lazy_init = torch.cuda.is_available = torch.cuda.device_count = refuse
+torch.cuda._lazy_init = torch._C._cuda_init = refuse
 sys.argv = sys.argv[1:]
 runpy.run_module("steerheal.search", run_name="__main__", alter_sys=True)
 """

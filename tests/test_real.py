@@ -80,7 +80,7 @@ def test_an_exported_adapter_gives_the_logits_that_were_scored(lm, store, tmp_pa
 
 def test_replies_are_matched_in_tokens():
     tokenizers = ["smollm2-135m-instruct"]
-    if weights._converted(weights.cache_dir() / "qwen2.5-coder-1.5b-instruct"):  # over a gigabyte: checked where it is at hand
+    if weights.converted(weights.cache_dir() / "qwen2.5-coder-1.5b-instruct"):  # over a gigabyte: checked where it is at hand
         tokenizers.append("qwen2.5-coder-1.5b-instruct")
     for name in tokenizers:
         for trait in personas.builtin():

@@ -75,7 +75,7 @@ def test_a_grid_runs_every_combination_once(searched):
 
 def test_hypervolume_is_recorded_after_each_trial(searched):
     out, _ = searched
-    progress = pd.read_csv(out / "mine" / "progress.csv")
+    progress = pd.read_csv(out / "mine" / "hypervolume.csv")
     assert list(progress["finished"]) == [1, 2, 3, 4] and progress["hypervolume"].is_monotonic_increasing
     assert progress["hypervolume"].iloc[-1] == pytest.approx(ledger.hypervolume(table(out)))
     assert progress["hours"].iloc[-1] > 0
