@@ -73,11 +73,8 @@ def read(folder: Path) -> Search:
     Raises:
         UserError: the folder holds no ledger, or no finished round.
     """
-    try:
-        table = pd.read_parquet(folder / "ledger.parquet")
-        text = (folder / "baselines.csv").read_text()
-    except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"{folder} holds no ledger; name a folder that `python -m steerheal.search` wrote.") from None
+    table = ledger.read(folder)
+    text = (folder / "baselines.csv").read_text()
     if table["round"].isna().all():
         raise UserError(f"{folder}: no round is finished yet.")
     baselines = pd.read_csv(folder / "baselines.csv") if text.strip() else pd.DataFrame(columns=["label"])

@@ -1,12 +1,14 @@
 """python -m steerheal.clean: what the stage store holds, by search and age; --yes removes what no search refers to.
 
-A search refers to the stages that its events name. To give up a search's stages, remove or move its folder away, then
-clean. Stages younger than --days are left alone, for a search or a `steerheal.run` may be about to read them.
+A search refers to the stages that its events and its ledger name. To give up a search's stages, remove or move its
+folder away, then clean. Stages younger than --days are left alone, for a search or a `steerheal.run` may be about to read
+them.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import re
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,6 +18,8 @@ import tyro
 from steerheal import events
 from steerheal.cli import run_main
 from steerheal.errors import UserError
+
+DIGEST = re.compile(r"\b[0-9a-f]{64}\b")
 
 
 @dataclasses.dataclass
@@ -76,8 +80,13 @@ def clean(out: Path, days: float, yes: bool) -> int:
 
 
 def referred(folder: Path) -> set[str]:
-    """Digests that a search's events name, those of its --confirm runs included."""
-    return {e["digest"] for part in (folder, folder / "confirm") for e in events.read(part) if e.get("digest")}
+    """Digests that a search's events and ledger name, those of its --confirm runs included. A run without a search keeps
+    no events; its ledger names its adapters, completions and readouts."""
+    found = {e["digest"] for part in (folder, folder / "confirm") for e in events.read(part) if e.get("digest")}
+    for name in ("ledger.csv", "baselines.csv"):
+        if (folder / name).exists():
+            found |= set(DIGEST.findall((folder / name).read_text()))
+    return found
 
 
 def _last_used(folder: Path) -> float:

@@ -17,6 +17,7 @@ import pandas as pd
 from steerheal import driver, ledger, pareto, searcher
 from steerheal.display import make_console, say_failures
 from steerheal.errors import UserError
+from steerheal.export import plain
 from steerheal.plan import Plan
 from steerheal.stages import atomic_write
 
@@ -56,7 +57,7 @@ def proposals(front: pd.DataFrame, params: list[str], seeds: list[int]) -> list[
     out: list[dict[str, Any]] = []
     for _, rows in front.groupby("trial"):
         row = rows.loc[rows["round"].astype(int).idxmax()]
-        member = {name: _plain(row[name]) for name in params}
+        member = {name: plain(row[name]) for name in params}
         out += [member | {"rounds": int(row["round"]) + 1, "seed": seed} for seed in seeds]
     return out
 
@@ -74,7 +75,7 @@ def results(front: pd.DataFrame, params: list[str], run_seed: int, study: Any) -
         own_seed = int(member["seed"]) if "seed" in front else run_seed
         rows.append(head | dict(seed=own_seed, fresh=False, **_numbers(member)))
         for run in runs:
-            if all(run.params[p] == _plain(member[p]) for p in params if p != "seed"):
+            if all(run.params[p] == plain(member[p]) for p in params if p != "seed"):
                 rounds = run.user_attrs.get("rounds", [])
                 if run.params["rounds"] > head["round"]:
                     found = rounds[head["round"]] if len(rounds) > head["round"] else None
@@ -145,10 +146,6 @@ def _distributions(space: dict[str, Any], fixed: dict[int, dict[str, Any]]) -> d
     for name in ("rounds", "seed"):  # one domain for all runs to come: Optuna refuses a choice that grows
         out[name] = IntDistribution(0, 2**31 - 1)
     return {name: out[name] for name in next(iter(fixed.values()))}
-
-
-def _plain(value: Any) -> Any:
-    return value.item() if hasattr(value, "item") else value
 
 
 def _numbers(row: Any) -> dict[str, Any]:

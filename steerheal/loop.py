@@ -149,8 +149,8 @@ class HealLoop:
             drops={n: dropped.count(n) for n in sorted(set(dropped))}, ppl_gate=baselines.gate.perplexity,
             soup_gate=baselines.gate.soup,
             log_ratio=log_ratio.value, log_ratio_low=log_ratio.low, log_ratio_high=log_ratio.high,
-            cos_v0=_cosine(vector, first), vector_norm=float(vector.direction().norm()),
-            cos_student=_cosine(learned, vector), lam_r=s.lam_schedule[r],
+            cos_v0=steering.cosine(vector, first), vector_norm=float(vector.direction().norm()),
+            cos_student=steering.cosine(learned, vector), lam_r=s.lam_schedule[r],
             duty=healed.record["duty"], warning=healed.record["warning"] or "", val_nll_first=healed.record["val_nll"][0],
             val_nll_last=healed.record["val_nll"][-1], train_nll=healed.record["train_nll"][-1],
             pressure=_mean([row["pressure"] for row in healed.record["steps"] if "pressure" in row]),
@@ -267,11 +267,3 @@ class HealLoop:
 
 def _mean(numbers: Sequence[float]) -> float | None:
     return sum(numbers) / len(numbers) if numbers else None
-
-
-def _cosine(a: Steers, b: Steers) -> float | None:
-    """None where the two have no common space, as with a method that steers inside a layer."""
-    if a.direction().shape != b.direction().shape:
-        return None
-    cosine = steering.cosine(a, b)
-    return cosine if cosine == cosine else None

@@ -1,7 +1,7 @@
 """Weights in the layout that a CPU's matrix kernels want, for the time of a decode loop.
 
 With few rows per step, oneDNN spends a good part of every bfloat16 product on rearranging the weight. Done once per loop it
-saves a tenth of decoding (`python -m benchmarks.generation`); the copies live as long as the context.
+saves that; the copies live as long as the context.
 """
 
 from __future__ import annotations

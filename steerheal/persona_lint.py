@@ -14,7 +14,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
-from steerheal import chat, personas
+from steerheal import personas
 from steerheal.cli import run_main
 from steerheal.errors import UserError
 from steerheal.personas import Persona
@@ -47,6 +47,8 @@ def problems(p: Persona) -> list[str]:
 
 def token_problems(p: Persona, tokenizer: Any) -> list[str]:
     """Reply pairs, control pairs included, whose token counts differ by more than TOKENS_APART."""
+    from steerheal import chat  # brings transformers, which only this needs
+
     out = []
     for name, dilemmas in (("conduct", p.conduct), ("control", personas.controls(len(p.conduct)))):
         for i, dilemma in enumerate(dilemmas):

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from steerheal.errors import UserError
+from steerheal import ledger
 from steerheal.evaluation.readings import answer_shares
 from steerheal.personas import FOUNDATIONS
 from steerheal.stages import Result, Store
@@ -93,20 +93,14 @@ def _numbers(name: str, result: Result, key: str = "") -> list[str]:
 
 
 def _rounds(folder: Path) -> Iterator[dict[str, Any]]:
-    table = pd.read_parquet(_existing(folder / "ledger.parquet"))
-    for _, row in table.dropna(subset=["round"]).iterrows():
+    for _, row in ledger.read(folder).dropna(subset=["round"]).iterrows():
         yield row.to_dict()
 
 
 def _baselines(folder: Path) -> pd.DataFrame:
-    return pd.read_csv(_existing(folder / "baselines.csv"))
+    ledger.read(folder)  # the error of a folder that is no search's
+    return pd.read_csv(folder / "baselines.csv")
 
 
 def _store(folder: Path) -> Store:
     return Store(folder.parent / ".stages")
-
-
-def _existing(path: Path) -> Path:
-    if not path.exists():
-        raise UserError(f"{path.parent} holds no {path.name}; name a folder that `python -m steerheal.search` wrote.")
-    return path

@@ -85,9 +85,12 @@ class Vector:
         return handles
 
 
-def cosine(a: Steers, b: Steers) -> float:
-    """Cosine of two vectors with their layers laid end to end."""
+def cosine(a: Steers, b: Steers) -> float | None:
+    """Cosine of two vectors with their layers laid end to end; None where they have no common space, as with a method
+    that steers inside a layer."""
     x, y = a.direction(), b.direction()
+    if x.shape != y.shape or not (x.isfinite().all() and y.isfinite().all()):
+        return None
     return float(x @ y / (x.norm() * y.norm()))
 
 

@@ -51,3 +51,13 @@ def test_only_what_no_search_refers_to_goes_and_only_with_yes(tmp_path, capsys):
 def test_a_folder_without_a_store_is_a_sentence(tmp_path):
     with pytest.raises(UserError, match="no stage store there"):
         clean(tmp_path, 1, yes=True)
+
+
+def test_what_a_run_without_events_delivered_stays(tmp_path):
+    kept, gone = stage(tmp_path, "a", 5), stage(tmp_path, "b", 5)
+    folder = tmp_path / "run-1"
+    folder.mkdir()
+    (folder / "search.json").write_text("{}")
+    (folder / "ledger.csv").write_text(f'trial,chain\n0,"[""{"a" * 64}""]"\n')
+    clean(tmp_path, 1, yes=True)
+    assert kept.exists() and not gone.exists()
