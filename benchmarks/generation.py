@@ -11,6 +11,7 @@ import time
 
 import torch
 
+from benchmarks import plain
 from benchmarks.timing import environment, in_turn
 from steerheal import chat, models, personas, steering
 from steerheal.cli import run_main
@@ -39,24 +40,14 @@ def measure(small: bool) -> int:
         drawn = generate(lm, prompts, sampling, list(range(rows)), vector, doses)
         assert all(len(c.ids) == tokens for c in drawn)
 
-    def options(ids: torch.Tensor) -> dict:
-        return dict(max_new_tokens=tokens, min_new_tokens=tokens, do_sample=True, temperature=1.0, top_p=0.95, top_k=64,
-                    suppress_tokens=sorted(never_end), pad_token_id=0, attention_mask=torch.ones_like(ids))
-
-    @torch.no_grad()
     def one_by_one() -> None:
-        for prompt, dose in zip(prompts, doses):
-            with steering.steered(lm, vector, dose):
-                ids = torch.tensor([prompt], device=lm.device)
-                lm.model.generate(ids, **options(ids))
+        plain.generate(lm, prompts, vector, doses, tokens, never_end)
 
     @torch.no_grad()
     def batched() -> None:
-        width = max(map(len, prompts))
-        ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=lm.device)
-        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=lm.device)
+        ids, mask = plain.padded(prompts, lm.device)
         with steering.steered(lm, vector, torch.tensor(doses)):
-            lm.model.generate(ids, **options(ids) | dict(attention_mask=mask))
+            lm.model.generate(ids, **plain.sampling(ids, tokens, never_end) | dict(attention_mask=mask))
 
     print(f"{rows} completions x {tokens} tokens, {lm.name}, {lm.model.dtype}, {environment()}")
     ours()

@@ -19,9 +19,10 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3TextConfig
 
+from benchmarks import plain
 from benchmarks.memory import Measured, gemma_4b, random_model
 from benchmarks.timing import environment, in_turn
-from steerheal import chat, divergence, healing, models, personas, weights
+from steerheal import chat, healing, models, personas, weights
 from steerheal.cli import run_main
 from steerheal.errors import UserError
 from steerheal.evaluation import foundations
@@ -78,36 +79,18 @@ class Bench:
 
     def generate_plain(self, count: int) -> None:
         """`model.generate` with batch 1."""
-        for prompt in self.prompts[:count]:
-            ids = torch.tensor([prompt], device=self.lm.device)
-            new = self.s.generate.max_new_tokens
-            self.lm.model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=True, top_p=0.95, top_k=64,
-                                   max_new_tokens=new, min_new_tokens=new, pad_token_id=0)
+        plain.generate(self.lm, self.prompts[:count], None, [0.0] * count, self.s.generate.max_new_tokens)
 
     def heal_plain(self, count: int) -> None:
         """Batch 1; log-softmax over the whole sequence and vocabulary before masking; the reference anew at each step."""
         parameters = self.student.start_round(self.student.targets(*self.s.heal.band), self.s.heal.r, 0, 0)
-        for sample in self.samples[:count]:
-            ids = torch.tensor([sample.inputs], device=self.lm.device)
-            targets = torch.tensor(sample.targets, device=self.lm.device)
-            with torch.autocast(self.device, torch.bfloat16, cache_enabled=False):
-                with torch.no_grad(), self.student.base():
-                    reference = self.lm.model(ids).logits[0].float().log_softmax(-1)
-                self.student._activate(["round"])
-                for p in parameters:
-                    p.requires_grad_(True)
-                logp = self.lm.model(ids).logits[0].float().log_softmax(-1)
-            here = slice(len(sample.prompt) - 1, None)
-            kl = (logp.exp() * (logp - reference)).sum(-1)[here]
-            nll = -logp[here].gather(1, targets[:, None]).mean()
-            (nll + 0.3 * (divergence.aggregate(kl, "rmse") - self.s.heal.tau).relu()).backward()
+        with torch.autocast(self.device, torch.bfloat16, cache_enabled=False):
+            plain.heal_step(self.student, self.samples[:count], parameters, self.s.heal, 0.3)
         self.student.finish_round()
 
     def evaluate_plain(self, count: int) -> None:
         """Batches of 8, no shared prefix, thinking by `model.generate`."""
-        from benchmarks.readouts import plain
-
-        plain(self.lm, self.items[:count], 0, self.s.evaluate.think_tokens)
+        plain.read(self.lm, self.items[:count], 0, self.s.evaluate.think_tokens)
 
 
 def build(config: Any, quantise: str, device: str, tokenizer: Any) -> models.LM:
@@ -169,8 +152,8 @@ def speed(benches: dict[str, Bench], small: bool) -> dict[str, Any]:
             "heal": (b.heal, lambda b=b: b.heal_plain(few), len(b.samples) * 7 / 8 / few),
             "evaluate": (b.evaluate, lambda b=b: b.evaluate_plain(min(8, len(b.items))), len(b.items) / min(8, len(b.items))),
         }
-        for stage, (ours, plain, scale) in sides.items():
-            seconds = in_turn({"ours": _synchronised(ours), "plain": _synchronised(plain)}, repeats=1 if small else 3)
+        for stage, (ours, theirs, scale) in sides.items():
+            seconds = in_turn({"ours": _synchronised(ours), "plain": _synchronised(theirs)}, repeats=1 if small else 3)
             ratio = seconds["plain"] * scale / seconds["ours"]
             result[f"{name}_{stage}_ratio"] = ratio
             rate = f"{tokens / seconds['ours']:8.0f} tokens/s" if stage == "generate" else ""

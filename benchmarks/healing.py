@@ -1,8 +1,8 @@
 """python -m benchmarks.healing [--small]: a healing step, ours against the plain way, and the memory of the loss.
 
-Plain: one completion at a time with gradient accumulation, log-softmax of both models over the whole vocabulary at every
-position, prompt included, and the reference run again at each step. Same model, adapter, effective batch and objective,
-both in bfloat16 autocast; their gradients are compared before anything is timed.
+Plain (`benchmarks/plain.py`): one completion at a time with gradient accumulation, log-softmax of both models over the
+whole vocabulary at every position, prompt included, and the reference run again at each step. Same model, adapter,
+effective batch and objective, both in bfloat16 autocast; their gradients are compared before anything is timed.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ import gc
 import multiprocessing
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from benchmarks.timing import environment, in_turn
+from benchmarks import plain
+from benchmarks.timing import environment, forget_peak, in_turn, resident_peak
 from steerheal import chat, divergence, healing, models, personas
 from steerheal.cli import run_main
 from steerheal.generation import Sampling, generate
@@ -27,7 +27,6 @@ from steerheal.settings import HealSettings, from_flat
 SETTINGS = HealSettings(tau=0.0)  # the barrier acts on every completion
 LAM = 0.3
 GEMMA = 262_208  # vocabulary; a batch is 3 completions of 512 tokens, with states of 2560
-GIB = 2**20  # in the KiB of /proc
 
 
 def main() -> None:
@@ -49,31 +48,12 @@ def ours(student: Student, samples: list[Sample], parameters: list[torch.nn.Para
     return [p.grad for p in parameters]
 
 
-def plain(student: Student, samples: list[Sample], parameters: list[torch.nn.Parameter],
-          epochs: int) -> list[Tensor | None]:
-    lm = student.lm
-    tokens = sum(len(s.targets) for s in samples)
+def plainly(student: Student, samples: list[Sample], parameters: list[torch.nn.Parameter],
+            epochs: int) -> list[Tensor | None]:
     for _ in range(epochs):
         _start(parameters)
-        for s in samples:
-            ids = torch.tensor([s.inputs])
-            targets = torch.tensor([*s.inputs[1:], s.targets[-1]])
-            with torch.no_grad(), student.base():
-                reference = lm.model(ids, use_cache=False).logits[0].float()
-            student._activate(["round"])
-            for p in parameters:
-                p.requires_grad_(True)
-            nll, kl = whole(lm.model(ids, use_cache=False).logits[0].float(), reference, targets)
-            at = slice(len(s.prompt) - 1, None)
-            d = divergence.aggregate(kl[at], SETTINGS.aggregate)
-            (nll[at].sum() / tokens + LAM * (d - SETTINGS.tau).relu() / len(samples)).backward()
+        plain.heal_step(student, samples, parameters, SETTINGS, LAM)
     return [p.grad for p in parameters]
-
-
-def whole(student: Tensor, reference: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """nll and kl_rev at every position from whole float32 logits [n, vocabulary]."""
-    s, r = student.log_softmax(-1), reference.log_softmax(-1)
-    return -s.gather(1, targets[:, None])[:, 0], (s.exp() * (s - r)).sum(-1)
 
 
 def setting(samples: list[Sample] | None = None) -> tuple[Student, list[Sample], list[torch.nn.Parameter]]:
@@ -119,7 +99,7 @@ def loss(chunked: bool, vocabulary: int, n: int) -> Callable[[], object]:
             nll, kl = divergence.nll_and_kl(h, targets, logits, vocabulary, reference, "kl_rev")
             assert kl is not None
         else:
-            nll, kl = whole(logits(h), logits(reference), targets)
+            nll, kl = plain.nll_and_kl(logits(h), logits(reference), targets)
         (nll.mean() + kl.square().mean().sqrt()).backward()
 
     return action
@@ -134,15 +114,9 @@ def peak_gib(what: str, *args: object, **options: object) -> float:
 def _peak(what: str, args: tuple[object, ...], options: dict[str, object]) -> float:
     action = globals()[what](*args, **options)
     gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
-    before = _status("VmRSS")
+    before = forget_peak()
     action()
-    return (_status("VmHWM") - before) / GIB
-
-
-def _status(name: str) -> int:
-    line = next(row for row in Path("/proc/self/status").read_text().splitlines() if row.startswith(name + ":"))
-    return int(line.split()[1])
+    return resident_peak() - before
 
 
 def _autocast(action: Callable[[], object]) -> object:
@@ -161,7 +135,7 @@ def measure(small: bool) -> int:
           f"{sum(len(s.targets) for s in samples)} of them learned, for {epochs} epochs")
     sides: dict[str, Callable[[], object]] = {
         "ours": lambda: _autocast(lambda: ours(student, samples, parameters, epochs)),
-        "plain": lambda: _autocast(lambda: plain(student, samples, parameters, epochs))}
+        "plain": lambda: _autocast(lambda: plainly(student, samples, parameters, epochs))}
     a, b = (torch.cat([g.flatten() for g in side()]) for side in sides.values())  # type: ignore[attr-defined]
     print(f"their gradients differ by {float((a - b).norm() / b.norm()):.1%} (bfloat16)")
     seconds = in_turn(sides, repeats=1 if small else 3)
@@ -170,7 +144,7 @@ def measure(small: bool) -> int:
         print(f"{name:6} {value / epochs:6.2f} s per step", flush=True)
 
     print("\npeak memory of a step")
-    for label, way, options in (("plain", "plain", {}), ("ours, micro-batch 6", "ours", {}),
+    for label, way, options in (("plain", "plainly", {}), ("ours, micro-batch 6", "ours", {}),
                                 ("ours, micro-batch 1", "ours", {"micro_batch": 1}),
                                 ("ours, micro-batch 6, checkpointing", "ours", {"checkpointing": True})):
         print(f"{label:36} {peak_gib('step', way, samples, **options):5.2f} GiB", flush=True)

@@ -18,7 +18,7 @@ from transformers import DynamicCache
 
 from steerheal.models import LM
 
-PACK_TOKENS = {"cpu": 512, "cuda": 2048}  # tree nodes per forward pass: enough to saturate the device, and no more,
+PACK_TOKENS = {"cpu": 256, "cuda": 2048}  # tree nodes per forward pass: enough to saturate the device, and no more,
 # because attention inside a pack is dense
 LOGIT_ROWS = 512  # positions whose vocabulary-wide logits exist at once
 MIN_PREFIX = 32  # a shorter prefix of everything is not worth a cache of its own
@@ -38,11 +38,14 @@ class Pack:
 
 
 @torch.no_grad()
-def run_packs(lm: LM, sequences: Sequence[list[int]], keep: int | None = None) -> Iterator[tuple[Pack, int, Tensor]]:
+def run_packs(lm: LM, sequences: Sequence[list[int]], keep: int | None = None,
+              cache: DynamicCache | None = None) -> Iterator[tuple[Pack, int, Tensor]]:
     """Run the decoder over every sequence.
 
     Args:
         keep: positions from here on are wanted as nodes, so the shared prefix ends before them; default: the last.
+        cache: an empty one, for a caller who wants keys and values: while a pack is out, it holds the shared prefix and
+            behind it the pack's nodes.
 
     Yields:
         (pack, prefix length, final hidden states [n, d] of the pack's nodes). Forward hooks on blocks see the pack's
@@ -51,18 +54,17 @@ def run_packs(lm: LM, sequences: Sequence[list[int]], keep: int | None = None) -
     last = min(map(len, sequences)) - 1
     shared = min(common_prefix(min(sequences), max(sequences)), last if keep is None else keep)
     shared = shared if shared >= MIN_PREFIX and len(sequences) > 1 else 0
-    cache = None
-    if shared:
-        cache = DynamicCache()  # without a config every layer keeps everything; the masks do the windowing
+    if shared:  # without a config every layer of a cache keeps everything; the masks do the windowing
+        cache = DynamicCache() if cache is None else cache
         lm.decoder(input_ids=torch.tensor([sequences[0][:shared]], device=lm.device), past_key_values=cache,
                    use_cache=True)
     for pack in packs(sequences, shared, PACK_TOKENS[lm.device.type]):
         pack = Pack(pack.ids.to(lm.device), pack.depth.to(lm.device), pack.end.to(lm.device), pack.paths)
         out = lm.decoder(input_ids=pack.ids[None], position_ids=pack.depth[None], attention_mask=_masks(lm, pack, shared),
                          past_key_values=cache, use_cache=cache is not None)
+        yield pack, shared, out.last_hidden_state[0]
         if cache is not None:
             cache.crop(-len(pack.ids))
-        yield pack, shared, out.last_hidden_state[0]
 
 
 def hidden_states(lm: LM, sequences: Sequence[list[int]], first: Sequence[int]) -> Iterator[tuple[int, Tensor]]:

@@ -4,8 +4,7 @@ Rows of a batch may differ in prompt and in steering dose. A row that ends leave
 it. Each completion's draws come from its own seed by inverse transform, so they do not depend on the batch it ran in
 (up to the rounding of the model's matrix products). No repetition penalty: repetition must stay visible.
 
-What all prompts begin with is run once where every row has the same dose. Where a batch does not fit into memory it is
-halved, and what fitted is remembered.
+Where a batch does not fit into memory it is halved, and what fitted is remembered.
 """
 
 from __future__ import annotations
@@ -15,11 +14,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import Cache
 
-from steerheal.forward import MIN_PREFIX, common_prefix, windowed
+from steerheal.cpu import decoding
 from steerheal.models import LM
-from steerheal.packing import packed
+from steerheal.prefill import prefill
 from steerheal.steering import Steers, steered
 
 COMPACT = 0.8  # rebuild the batch when fewer than this share of its rows still run
@@ -95,32 +94,36 @@ def _generate(lm: LM, prompts: Sequence[list[int]], sampling: Sampling, uniforms
     length = torch.full((rows,), sampling.max_new_tokens, device=lm.device)
     alive = torch.arange(rows, device=lm.device)  # rows of the batch -> rows of the result
     running = torch.ones(rows, dtype=torch.bool, device=lm.device)
-    same_dose = vector is None or len(set(doses)) == 1
-    with packed(lm, rows), steered(lm, vector, first[:1]) as dial:
-        cache, ids, mask, position = _begin(lm, prompts, share=same_dose)
-        for step in range(sampling.max_new_tokens):
-            dial.dose = first[alive] * (0.5 ** (step / half_life) if half_life else 1.0)
-            out = lm.decoder(input_ids=ids, attention_mask=mask, position_ids=position, past_key_values=cache,
-                             use_cache=True)
-            logits = lm.logits(out.last_hidden_state[:, -1])
+    with decoding(lm, rows), steered(lm, vector) as dial:
+        begun = prefill(lm, prompts, sampling.max_new_tokens - 1, dial, doses)
+        states, cache, mask = begun.states, begun.cache, begun.mask
+        for step in range(1, sampling.max_new_tokens + 1):
+            logits = lm.logits(states)
             logits[:, lm.banned] = -torch.inf
-            token = _draw(logits, sampling, None if uniforms is None else uniforms[alive.cpu(), step].to(lm.device))
-            drawn[alive, step] = token
+            token = _draw(logits, sampling, None if uniforms is None else uniforms[alive.cpu(), step - 1].to(lm.device))
+            drawn[alive, step - 1] = token
             ended = torch.isin(token, ends) & running
-            length[alive[ended]] = step
+            length[alive[ended]] = step - 1
             running &= ~ended
             left = int(running.sum())
-            if left == 0:
+            if left == 0 or step == sampling.max_new_tokens:
                 break
             if left <= COMPACT * len(alive):
                 keep = running.nonzero()[:, 0]
                 cache.batch_select_indices(keep)
-                alive, mask, position, token = alive[keep], mask[keep], position[keep], token[keep]
-                running = running[keep]
-            ids = token[:, None]
-            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-            position = position[:, -1:] + 1
+                alive, mask, token, running = alive[keep], mask[keep], token[keep], running[keep]
+            dial.dose = first[alive] * (0.5 ** (step / half_life) if half_life else 1.0)
+            states, mask = _go_on(lm, cache, mask, token[:, None])
+            states = states[:, -1]
     return [Completion(row[:n], row[n] if n < len(row) else None) for row, n in zip(drawn.tolist(), length.tolist())]
+
+
+def _go_on(lm: LM, cache: Cache, mask: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """(final hidden states [rows, n, d] of the next ids [rows, n], mask with their places)"""
+    position = mask.sum(1, keepdim=True) + torch.arange(ids.shape[1], device=lm.device)
+    mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
+    out = lm.decoder(input_ids=ids, attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True)
+    return out.last_hidden_state, mask
 
 
 @dataclass
@@ -145,47 +148,21 @@ def think(lm: LM, prompts: Sequence[list[int]], budget: int, suffix: list[int], 
     """
     unwanted = torch.tensor(sorted({*lm.eos_ids, *never, *lm.banned.tolist()}), device=lm.device)
     drawn, logp, watched = [], [], []
-    with packed(lm, len(prompts)), steered(lm, vector, dose):
-        cache, ids, mask, position = _begin(lm, prompts, share=True)
-
-        def run(ids: Tensor, fresh: int) -> Tensor:
-            """States of `ids`; mask and positions then make room for `fresh` further tokens."""
-            nonlocal mask, position
-            states = lm.decoder(input_ids=ids, attention_mask=mask, position_ids=position, past_key_values=cache,
-                                use_cache=True).last_hidden_state
-            mask = torch.cat([mask, mask.new_ones(len(mask), fresh)], dim=1)
-            position = position[:, -1:] + torch.arange(1, fresh + 1, device=lm.device)
-            return states
-
+    with decoding(lm, len(prompts)), steered(lm, vector) as dial:
+        begun = prefill(lm, prompts, budget + len(suffix), dial, [dose] * len(prompts))
+        states, mask = begun.states, begun.mask
         for step in range(budget):
-            logps = lm.logits(run(ids, 1 if step < budget - 1 else 1 + len(suffix))[:, -1]).log_softmax(-1)
+            logps = lm.logits(states).log_softmax(-1)
             ids = logps.index_fill(1, unwanted, -torch.inf).argmax(-1)[:, None]
             drawn.append(ids)
             logp.append(logps.gather(1, ids)[:, 0])
             watched.append(logps[:, list(watch)])
+            if step < budget - 1:
+                new, mask = _go_on(lm, begun.cache, mask, ids)
+                states = new[:, -1]
         tail = torch.tensor([suffix] * len(prompts), device=lm.device)
-        states = run(torch.cat([ids, tail], dim=1), 0)
-    return Thoughts(torch.cat(drawn, dim=1).tolist(), torch.stack(logp, 1).cpu(), torch.stack(watched, 1).cpu(), states)
-
-
-def _begin(lm: LM, prompts: Sequence[list[int]], share: bool) -> tuple[DynamicCache, Tensor, Tensor, Tensor]:
-    """(cache, ids still to run, attention mask, positions), padded on the left; padding sees nothing and is not seen.
-
-    Args:
-        share: what all prompts begin with may be run once, as a row of its own. Not done under a sliding window, which
-            counts places in the cache and so would count the padding between the shared part and a row's own.
-    """
-    shared = min(common_prefix(min(prompts), max(prompts)), min(map(len, prompts)) - 1)
-    shared = shared if share and shared >= MIN_PREFIX and len(prompts) > 1 and not windowed(lm) else 0
-    cache = DynamicCache(config=lm.model.config.get_text_config())
-    if shared:
-        lm.decoder(input_ids=torch.tensor([prompts[0][:shared]], device=lm.device), past_key_values=cache, use_cache=True)
-        cache.batch_repeat_interleave(len(prompts))
-    rest = [p[shared:] for p in prompts]
-    width = max(map(len, rest))
-    ids = torch.tensor([[0] * (width - len(p)) + p for p in rest], device=lm.device)
-    mask = torch.tensor([[1] * shared + [0] * (width - len(p)) + [1] * len(p) for p in rest], device=lm.device)
-    return cache, ids, mask, (mask.cumsum(1) - 1).clamp(min=0)[:, shared:]
+        new, _ = _go_on(lm, begun.cache, mask, torch.cat([ids, tail], dim=1))
+    return Thoughts(torch.cat(drawn, dim=1).tolist(), torch.stack(logp, 1).cpu(), torch.stack(watched, 1).cpu(), new)
 
 
 def _draw(logits: Tensor, sampling: Sampling, uniform: Tensor | None) -> Tensor:

@@ -18,14 +18,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from steerheal import divergence
+from steerheal import cpu, divergence
 from steerheal.forward import hidden_states, token_logps
 from steerheal.history import Factors, Student
 from steerheal.models import LM
 from steerheal.settings import HealSettings
 from steerheal.stages import seed_of
 
-PRESSURE_EVERY = 8  # steps between measurements of the two terms' gradient norms
+PRESSURE_EVERY, PRESSURE_FROM = 8, 4  # steps between measurements of the two terms' gradient norms, and the first: at the
+# start, where the adapter is zero, the barrier has no gradient
 POOL = 4  # batches that are sorted by length together: padding goes, and batches still differ from epoch to epoch
 
 
@@ -60,8 +61,8 @@ def heal(student: Student, samples: Sequence[Sample], settings: HealSettings, la
     n_val = max(len(samples) // 8, 1)
     # The float32 adapters multiply in the base's bfloat16: a fifth faster, and the reference sees the same rounding.
     # Without cache_enabled=False autocast would go on using the bfloat16 copies of the first step's weights.
-    with torch.autocast(student.lm.device.type, torch.bfloat16, cache_enabled=False,
-                        enabled=student.lm.model.dtype == torch.bfloat16):
+    with cpu.products(student.lm), torch.autocast(student.lm.device.type, torch.bfloat16, cache_enabled=False,
+                                                  enabled=student.lm.model.dtype == torch.bfloat16):
         train = sorted(order[n_val:])
         reference = {}
         if settings.barrier != "nll":
@@ -91,7 +92,7 @@ def _train(student: Student, parameters: list[nn.Parameter], samples: Sequence[S
     micro_batch = settings.micro_batch
     for epoch in range(settings.epochs):
         for batch in batches({i: len(samples[i].inputs) for i in train}, settings.batch, *seed, epoch):
-            measure = len(rows) % PRESSURE_EVERY == 0
+            measure = len(rows) % PRESSURE_EVERY == PRESSURE_FROM
             row, micro_batch = _step_that_fits(student, parameters, [samples[i] for i in batch],
                                                [reference[i] for i in batch] if reference else None, settings, lam,
                                                measure, micro_batch)
@@ -129,7 +130,7 @@ def _warning(rows: list[dict[str, Any]], duty: float, settings: HealSettings, la
         top = max(d for row in rows for d in row["D"])
         return (f"the barrier never fired: no completion came over heal.tau = {settings.tau:g} (the largest "
                 f"{settings.aggregate} of KL was {top:.2g} nats), so this round is plain nll; lower heal.tau.")
-    pressure = [row["pressure"] for row in rows[1:] if "pressure" in row]  # at step 0 the barrier has no gradient yet
+    pressure = [row["pressure"] for row in rows if "pressure" in row]
     if pressure and min(pressure) > 1:
         return (f"the barrier outweighed the data at every measurement (its gradient was {min(pressure):.2g} to "
                 f"{max(pressure):.2g} times as large), so this round learned its reference rather than the trait; raise "

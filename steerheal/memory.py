@@ -7,7 +7,8 @@ kernels' own work space. `python -m benchmarks.memory` holds the estimate agains
 In what follows d is the hidden size, i the intermediate size, q and k the widths of queries and of keys (heads x
 head size), b the bytes of one element. Per token and block, healing saves for the backward pass
     norms      their float32 inputs
-    attention  queries, keys and values (repeated to all heads) and the output: 4 q b
+    attention  queries, keys and values (repeated to all heads) and the output: 4 q b; on a CPU float32 copies of queries,
+               keys and values, and the probabilities: 4 (q + 2 k + heads x length) + q b
     MLP        gate, its activation, up: 3 i b
     LoRA       the input of each adapted linear layer: in bfloat16 a copy of each, 2 (5 d + q + i); in float32 the
                layers share their input, and only what is not saved already counts: 4 (2 d + i)
@@ -38,10 +39,9 @@ class Shape:
     block_features: int  # sum over one block's linear layers of inputs + outputs
     largest_linear: int
     layers: int
-    sliding: int  # layers that attend to a window only
-    window: int
     hidden: int
     intermediate: int
+    heads: int
     queries: int
     keys: int
     vocabulary: int
@@ -65,9 +65,8 @@ class Shape:
         return 4.0 * s.heal.r * self.block_features * self.adapted(*s.heal.band)
 
     def cache(self, rows: int, length: int) -> float:
-        """Key-value cache of `rows` sequences."""
-        kept = (self.layers - self.sliding) * length + self.sliding * min(length, self.window)
-        return 2.0 * rows * self.keys * self.bytes * kept
+        """Key-value cache of `rows` sequences; layers under a sliding window keep everything, too."""
+        return 2.0 * rows * self.keys * self.bytes * self.layers * length
 
     def forward(self, tokens: int) -> float:
         """What one block holds at once without gradients: the MLP's three inner states, and the stream around it."""
@@ -90,15 +89,13 @@ def shape_of(config: Any, dtype: str = "bfloat16", quantise: str = "none", atten
     heads, kv_heads = text.num_attention_heads, text.num_key_value_heads
     norms = {n: m.weight.numel() for n, m in decoder.layers[0].named_modules() if "Norm" in type(m).__name__}
     per_head = {n: size * (heads if "q_" in n else kv_heads) for n, size in norms.items() if n.startswith("self_attn.")}
-    sliding = sum(t == "sliding_attention" for t in getattr(text, "layer_types", None) or ())
     return Shape(
         parameters=sum(p.numel() for p in model.parameters()), linear=sum(m.weight.numel() for m in every),
         block_linear=sum(m.weight.numel() for m in block),
         block_features=sum(m.in_features + m.out_features for m in block),
-        largest_linear=max(m.weight.numel() for m in block), layers=text.num_hidden_layers, sliding=sliding,
-        window=text.sliding_window if sliding else 0, hidden=text.hidden_size, intermediate=text.intermediate_size,
-        queries=heads * head, keys=kv_heads * head, vocabulary=text.vocab_size,
-        norm_inputs=sum((norms | per_head).values()), bytes=2 if dtype == "bfloat16" else 4, quantised=quantise != "none")
+        largest_linear=max(m.weight.numel() for m in block), layers=text.num_hidden_layers, hidden=text.hidden_size,
+        intermediate=text.intermediate_size, heads=heads, queries=heads * head, keys=kv_heads * head,
+        vocabulary=text.vocab_size, norm_inputs=sum((norms | per_head).values()), bytes=2 if dtype == "bfloat16" else 4, quantised=quantise != "none")
 
 
 def generating(m: Shape, rows: int, prompt: int, new: int) -> float:
@@ -106,7 +103,7 @@ def generating(m: Shape, rows: int, prompt: int, new: int) -> float:
     length = prompt + new
     repeated = 2.0 * rows * m.queries * length * m.bytes + rows * m.keys * length * m.bytes  # one layer, while it attends
     logits = rows * m.vocabulary * (10.0 if m.bytes == 2 else 8.0)  # this step's in both dtypes, and the last step's
-    return max(m.cache(rows, length) + max(repeated, logits), m.cache(rows, prompt) + m.forward(rows * prompt))
+    return m.cache(rows, length) + max(repeated, logits)
 
 
 def merging(m: Shape, s: Settings) -> float:
@@ -119,8 +116,10 @@ def scoring(m: Shape, rows: int) -> float:
     return 8.0 * rows * m.vocabulary
 
 
-def saved(m: Shape, s: Settings, tokens: int) -> tuple[float, float]:
+def saved(m: Shape, s: Settings, rows: int, length: int, device: str) -> tuple[float, float]:
     """What the blocks keep until the backward pass, and what that pass makes again of one block after the other."""
+    from steerheal.cpu import SCORES
+
     lo, hi = s.heal.band
     adapted = m.adapted(lo, hi)
     above = m.layers - min(int(lo * m.layers), m.layers - 1)  # gradients flow from the top down to the lowest adapter
@@ -129,6 +128,9 @@ def saved(m: Shape, s: Settings, tokens: int) -> tuple[float, float]:
     else:
         block, lora = m.bytes * m.norm_inputs, 4 * (2 * m.hidden + m.intermediate)
     block += m.bytes * (4 * m.queries + 3 * m.intermediate)
+    if device == "cpu" and rows * m.heads * length**2 <= SCORES:
+        block += 4 * (m.queries + 2 * m.keys + m.heads * length) - 3 * m.bytes * m.queries
+    tokens = rows * length
     if s.heal.gradient_checkpointing:
         return float(tokens) * m.layers * m.hidden * m.bytes, float(tokens) * (block + lora)
     return float(tokens) * (above * block + adapted * lora), 0.0
@@ -143,19 +145,20 @@ def healing(m: Shape, s: Settings, samples: int, prompt: int, new: int, device: 
     first = min(LOSS_LOGITS[device], micro * new * m.vocabulary)
     second = min(LOSS_LOGITS[device], micro * new * m.vocabulary - first)
     loss = 4.0 * max(LOSS_COPIES * first, LOSS_LEFT * first + LOSS_COPIES * second) + 8.0 * micro * new * m.hidden
-    kept, again = saved(m, s, micro * (prompt + new))
+    kept, again = saved(m, s, micro, prompt + new, device)
     return OPTIMISER_COPIES * m.adapter(s) + states + kept + max(loss, again)  # the loss is gone when blocks are remade
 
 
 def stages(m: Shape, s: Settings, device: str) -> dict[str, float]:
     """Peak bytes of each stage in a trial's last round, weights and history included."""
-    from steerheal.evaluation.foundations import ROWS
+    from steerheal.evaluation.foundations import TOKENS
     from steerheal.forward import LOGIT_ROWS, PACK_TOKENS
 
     g, e = s.generate, s.evaluate
     held = m.weights + (s.rounds - 1) * m.adapter(s) + (OVERHEAD if device == "cuda" else 0)
     pack = m.forward(PACK_TOKENS[device]) + 2.0 * PACK_TOKENS[device] ** 2 * 2 * m.bytes
-    think = generating(m, ROWS, 3 * PROMPT, e.think_tokens) + 8.0 * ROWS * m.vocabulary if e.think_tokens else 0.0
+    thinkers = max(TOKENS // (3 * PROMPT + e.think_tokens), 1)
+    think = generating(m, thinkers, 3 * PROMPT, e.think_tokens) + 8.0 * thinkers * m.vocabulary if e.think_tokens else 0.0
     rows = g.prompts * len(g.doses)
     return {
         "weights": m.weights,

@@ -125,7 +125,7 @@ def test_the_sample_that_broke_the_loss_is_named(lm, monkeypatch):
 def test_an_idle_and_an_overbearing_barrier_are_told_in_a_sentence(lm):
     _, record = train(Student(lm), lam=1.0, tau=50.0)
     assert record["duty"] == 0 and "never fired" in record["warning"] and "heal.tau = 50" in record["warning"]
-    _, record = train(Student(lm), lam=1e4, tau=0.0, epochs=10)  # 20 steps: pressure is measured at 0, 8 and 16
+    _, record = train(Student(lm), lam=1e4, tau=0.0, epochs=10)  # 20 steps: pressure is measured at 4 and 12
     assert "outweighed" in record["warning"] and "heal.lam (now 10000)" in record["warning"]
     _, record = train(Student(lm), lam=0.05, tau=0.01, epochs=10)
     assert record["duty"] > 0 and record["warning"] is None

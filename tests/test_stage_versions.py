@@ -14,19 +14,20 @@ from steerheal.stages import VERSIONS
 ROOT = Path(__file__).parent.parent / "steerheal"
 RECORD = Path(__file__).parent / "stage_sources.json"
 SHARED = ("chat.py", "forward.py", "models.py")
+GENERATION = ("generation.py", "prefill.py", "cpu.py", "steering.py")
 SOURCES = {
     "vector": ("steering.py", "upstream.py", *SHARED),
     "states": ("steering.py", "history.py", *SHARED),
     "kl_dose": ("calibration.py", "steering.py", *SHARED),
     "log_ratio": ("steering.py", "history.py", *SHARED),
-    "diary": ("generation.py", "steering.py", "history.py", *SHARED),
-    "free_answers": ("evaluation/foundations.py", "generation.py", "steering.py", "history.py", *SHARED),
-    "completions": ("generation.py", "steering.py", "history.py", *SHARED),
+    "diary": (*GENERATION, "history.py", *SHARED),
+    "free_answers": ("evaluation/foundations.py", *GENERATION, "history.py", *SHARED),
+    "completions": (*GENERATION, "history.py", *SHARED),
     "scores": ("filtering.py", "history.py", *SHARED),
-    "heal": ("healing.py", "divergence.py", "history.py", *SHARED),
-    "foundations": ("evaluation/foundations.py", "generation.py", "steering.py", "history.py", *SHARED),
+    "heal": ("healing.py", "divergence.py", "cpu.py", "history.py", *SHARED),
+    "foundations": ("evaluation/foundations.py", *GENERATION, "history.py", *SHARED),
     "conduct": ("evaluation/conduct.py", "steering.py", "history.py", *SHARED),
-    "fluency": ("evaluation/fluency.py", "filtering.py", "generation.py", "steering.py", "history.py", *SHARED),
+    "fluency": ("evaluation/fluency.py", "filtering.py", *GENERATION, "history.py", *SHARED),
 }
 
 

@@ -46,7 +46,7 @@ GLOSSES = {
 }
 THINK_OPEN, THINK_CLOSE = "<think>\n", "</think>"
 INTERRUPTION = "Just answer"
-ROWS = 32  # vignettes that think together
+TOKENS = 16_384  # of prompts and thoughts that think together: decoding has a key-value cache of that many
 NO_MASS = -100.0  # log-probability of each answer where there was none: no mass, and no say in the mean of the frames
 FREE_TOKENS = 32  # of a free answer, beyond the thoughts
 OBJECT = re.compile(r"\{[^{}]*\}")
@@ -113,8 +113,9 @@ def _think_and_read(lm: LM, prompts: list[list[int]], answers: list[int], think_
     closing = chat.plain(lm.tokenizer, THINK_CLOSE)
     opened = [p + chat.plain(lm.tokenizer, THINK_OPEN) for p in prompts]
     by_length = sorted(range(len(opened)), key=lambda i: len(opened[i]))
-    for start in range(0, len(by_length), ROWS):
-        rows = by_length[start : start + ROWS]
+    longest = max(map(len, opened)) + think_tokens + len(interruption + prefill)
+    batches = -(-len(opened) // max(TOKENS // longest, 1))
+    for rows in (by_length[i * len(opened) // batches : (i + 1) * len(opened) // batches] for i in range(batches)):
         seen = think(lm, [opened[i] for i in rows], think_tokens, interruption + prefill, answers,
                      closing if len(closing) == 1 else (), vector, dose)
         for row, i in enumerate(rows):

@@ -1,0 +1,100 @@
+"""Prompts into a key-value cache, with room behind them for what is generated.
+
+The prompts run as a token tree (`forward.py`): what they share is computed once, under each dose, and nothing is padded.
+Then every row gets places of its own, its prompt at the right end, so that all rows go on at the same place. A step of
+the decode loop writes into the room; nothing is copied as rows grow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from steerheal.forward import run_packs
+from steerheal.models import LM
+from steerheal.steering import Dial
+
+
+class Room(DynamicLayer):
+    """One layer's keys and values, [rows, heads, places, d] with `taken` places in use.
+
+    Every layer keeps everything, under a sliding window too: there the mask decides what is seen.
+    """
+
+    def __init__(self, like: Tensor, rows: int, places: int, taken: int) -> None:
+        super().__init__()
+        shape = (rows, like.shape[1], places, like.shape[3])
+        # zeros, because a masked place still enters the product with the values, and 0 x NaN is NaN
+        self.room = like.new_zeros(shape), like.new_zeros(shape)
+        self.taken = taken
+        self.dtype, self.device, self.is_initialized = like.dtype, like.device, True
+        self._show()
+
+    def _show(self) -> tuple[Tensor, Tensor]:
+        self.keys, self.values = shown = self.room[0][:, :, : self.taken], self.room[1][:, :, : self.taken]
+        return shown
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        here = slice(self.taken, self.taken + key_states.shape[2])
+        for room, new in zip(self.room, (key_states, value_states)):
+            room[:, :, here] = new
+        self.taken = here.stop
+        return self._show()
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        keys, values = self.room
+        self.room = keys[indices], values[indices]
+        self._show()
+
+
+@dataclass
+class Prompts:
+    """Prompts that have run. states [rows, d]: final hidden state of each prompt's last token; mask [rows, places]: 1
+    where a place holds a token."""
+
+    states: Tensor
+    cache: Cache
+    mask: Tensor
+
+
+def prefill(lm: LM, prompts: Sequence[list[int]], room: int, dial: Dial, doses: Sequence[float]) -> Prompts:
+    """Run prompts, each under its dose.
+
+    Args:
+        room: places that will be asked for behind the prompts.
+        dial: of the steering in force; its dose is left as it comes to be.
+        doses: one per prompt.
+    """
+    width = max(map(len, prompts))
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=lm.device)
+    states = torch.empty(0)
+    layers: list[Room] = []
+    for dose in sorted(set(doses)):
+        dial.dose = torch.tensor([dose], dtype=torch.float32, device=lm.device)
+        members = [i for i, d in enumerate(doses) if d == dose]
+        tree = DynamicCache()
+        for pack, shared, out in run_packs(lm, [prompts[i] for i in members], cache=tree):
+            if not layers:
+                states = out.new_empty(len(prompts), out.shape[1])
+                layers = [Room(keys, len(prompts), width + room, width) for keys, _, _ in tree]
+            rows: list[int] = []
+            places: list[int] = []
+            nodes: list[int] = []
+            for i, path in pack.paths.items():
+                row, n = members[i], shared + len(path)
+                states[row] = out[path[-1]]
+                rows += [row] * n
+                places += range(width - n, width)
+                nodes += [*range(shared), *(shared + path).tolist()]
+            at = torch.tensor(rows, device=lm.device), slice(None), torch.tensor(places, device=lm.device)
+            source = torch.tensor(nodes, device=lm.device)
+            for layer, (keys, values, _) in zip(layers, tree):
+                for to, seen in zip(layer.room, (keys, values)):
+                    to[at] = seen[0, :, source].transpose(0, 1)
+    return Prompts(states, Cache(layers=list(layers)), mask)
