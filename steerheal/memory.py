@@ -95,7 +95,8 @@ def shape_of(config: Any, dtype: str = "bfloat16", quantise: str = "none", atten
         block_features=sum(m.in_features + m.out_features for m in block),
         largest_linear=max(m.weight.numel() for m in block), layers=text.num_hidden_layers, hidden=text.hidden_size,
         intermediate=text.intermediate_size, heads=heads, queries=heads * head, keys=kv_heads * head,
-        vocabulary=text.vocab_size, norm_inputs=sum((norms | per_head).values()), bytes=2 if dtype == "bfloat16" else 4, quantised=quantise != "none")
+        vocabulary=text.vocab_size, norm_inputs=sum((norms | per_head).values()),
+        bytes=2 if dtype == "bfloat16" else 4, quantised=quantise != "none")
 
 
 def generating(m: Shape, rows: int, prompt: int, new: int) -> float:
