@@ -7,7 +7,7 @@
     evaluate   foundations on 132 vignettes in both frames, 32 tokens of thinking
 
 Both sides read the same inputs and take turns (`benchmarks/plain.py` is the other side); medians of the turns, and how far
-apart the results are. The arithmetic of a stage is counted once, apart from the timing, over the matrix products of linear
+apart the results are. The arithmetic of our side is counted once, apart from the timing, over the matrix products of linear
 layers; its rate is given as a share of what this machine reaches on one large bfloat16 product.
 """
 
@@ -112,28 +112,27 @@ def measure(small: bool, repeats: int) -> int:
     print(f"one round on SmolLM2-135M, bfloat16, {environment()}, medians of {repeats}")
     ceiling = matmul_rate()
     print(f"one large bfloat16 product: {ceiling / 1e9:.0f} GFLOP/s\n")
-    print(f"{'stage':9} {'ours':>8} {'plain':>8} {'ratio':>6} {'tokens/s':>9} {'GFLOP':>13} {'of ceiling':>13} "
+    print(f"{'stage':9} {'ours':>8} {'plain':>8} {'ratio':>6} {'tokens/s':>9} {'GFLOP':>7} {'of ceiling':>11} "
           f"{'peak GiB':>11}   results")
     result, sums, peaks = {}, [0.0, 0.0], [0.0, 0.0]
     for stage in stages(small):
-        sides = (stage.ours, stage.plain)
-        counts, outputs = zip(*(counted(side) for side in sides))  # warms both sides up, too
+        count = flops(stage.ours)  # warms it up, too
+        outputs: list[Any] = [None, None]
         seconds: list[list[float]] = [[], []]
         peak = [0.0, 0.0]
         for _ in range(repeats):
-            for i, side in enumerate(sides):
+            for i, side in enumerate((stage.ours, stage.plain)):
                 forget_peak()
                 started = time.perf_counter()
-                side()
+                outputs[i] = side()
                 seconds[i].append(time.perf_counter() - started)
                 peak[i] = max(peak[i], resident_peak())
         took = [statistics.median(s) for s in seconds]
         sums, peaks = [a + b for a, b in zip(sums, took)], [max(a, b) for a, b in zip(peaks, peak)]
         result[f"{stage.name}_ratio"] = took[1] / took[0]
-        shares = [f"{count / s / ceiling:.0%}" for count, s in zip(counts, took)]
         print(f"{stage.name:9} {took[0]:6.2f} s {took[1]:6.2f} s {took[1] / took[0]:6.2f} {stage.tokens / took[0]:9.0f} "
-              f"{counts[0] / 1e9:6.0f} {counts[1] / 1e9:6.0f} {shares[0]:>6} {shares[1]:>6} {peak[0]:5.2f} {peak[1]:5.2f}   "
-              f"{stage.check(*outputs)}", flush=True)
+              f"{count / 1e9:7.0f} {count / took[0] / ceiling:11.0%} {peak[0]:5.2f} {peak[1]:5.2f}   {stage.check(*outputs)}",
+              flush=True)
     print(f"{'round':9} {sums[0]:6.2f} s {sums[1]:6.2f} s {sums[1] / sums[0]:6.2f}")
     print("RESULT " + " ".join(f"{name}={value:.2f}" for name, value in
                                {"round_ratio": sums[1] / sums[0], **result, "peak_gib": peaks[0]}.items()))
@@ -154,11 +153,11 @@ class Flops(TorchDispatchMode):
         return out
 
 
-def counted(side: Callable[[], Any]) -> tuple[int, Any]:
-    """(floating-point operations of the linear layers, result) of one run."""
+def flops(side: Callable[[], Any]) -> int:
+    """Floating-point operations of the linear layers in one run."""
     with Flops() as counter:
-        output = side()
-    return counter.total, output
+        side()
+    return counter.total
 
 
 def matmul_rate() -> float:

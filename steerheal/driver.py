@@ -102,6 +102,13 @@ def _tune(plan: Plan, search: searcher.StudySearcher, machine: Machine, count: i
         def stop_all(self) -> bool:
             return bool(Halt.fatal) or (plan.folder / ".stop").exists()
 
+    class Recovered(tune.Callback):
+        """A worker's death in a sentence; Ray would print its own traceback."""
+
+        def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+            print(f"a worker died or could not be reached; trial {search.index.get(trial.trial_id)} starts again and replays "
+                  f"what it had finished", file=sys.stderr, flush=True)
+
     scratch = _scratch(plan, machine)
     with _quiet():
         try:
@@ -113,6 +120,7 @@ def _tune(plan: Plan, search: searcher.StudySearcher, machine: Machine, count: i
                 tune_config=tune.TuneConfig(search_alg=search, num_samples=count, reuse_actors=True,
                                             max_concurrent_trials=machine.concurrent),
                 run_config=tune.RunConfig(name="run", storage_path=str(scratch), stop=Halt(), verbose=0,
+                                          callbacks=[Recovered()],
                                           failure_config=tune.FailureConfig(max_failures=RESTARTS)))
             with _stop_requests(plan.folder, machine.hours) as stopped:  # after ray.init, which takes SIGTERM for itself
                 tuner.fit()
@@ -200,6 +208,7 @@ def _stop_requests(folder: Path, hours: float | None) -> Iterator[list[str]]:
 def _quiet() -> Iterator[None]:
     """Ray's own chatter is not the user's concern; what matters of it arrives as results."""
     logging.getLogger("ray").setLevel(logging.ERROR)
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
