@@ -18,7 +18,7 @@ from transformers import DynamicCache
 
 from steerheal.models import LM
 
-PACK_TOKENS = {"cpu": 256, "cuda": 2048}  # tree nodes per forward pass: enough to saturate the device, and no more,
+PACK_TOKENS = {"cpu": 384, "cuda": 2048}  # tree nodes per forward pass: enough to saturate the device, and no more,
 # because attention inside a pack is dense
 LOGIT_ROWS = 512  # positions whose vocabulary-wide logits exist at once
 MIN_PREFIX = 32  # a shorter prefix of everything is not worth a cache of its own
