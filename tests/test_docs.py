@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import re
 import subprocess
@@ -67,6 +68,27 @@ def test_pages_ask_for_every_table():
     asked = [name for page in (ROOT / "docs").rglob("*.md") for name in re.findall(r"<!-- table: (\w+) -->", page.read_text())]
     assert sorted(asked) == sorted(tables.TABLES)
     assert tables.on_page_markdown("a\n<!-- table: stages -->\nb") == f"a\n{tables.stages_table()}\nb"
+
+
+def messages():
+    """Every text in the sources, the parts of an f-string in order; the Makefile; the settings' names."""
+    out = [(ROOT / "Makefile").read_text(), *leaves()]
+    for path in [p for folder in ("steerheal", "analysis", "trainables") for p in (ROOT / folder).rglob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                out.append("\0".join(v.value if isinstance(v, ast.Constant) else "" for v in node.values))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                out.append(node.value)
+    return "\n".join(out)
+
+
+def test_troubleshooting_quotes_messages_that_exist():
+    texts = messages()
+    page = (ROOT / "docs" / "troubleshooting.md").read_text()
+    quoted = [text for row in re.findall(r"^\| (.*?) \|", page, re.M) for text in re.findall(r"`(.*?)`", row)]
+    assert len(quoted) > 50
+    missing = [text for text in quoted for part in text.split("...") if part.strip(" :;?") not in texts]
+    assert not missing
 
 
 def described():
