@@ -153,7 +153,7 @@ def domains(space: spaces.Space) -> Iterable[tuple[str, str]]:
     found = next(node for node in ast.walk(ast.parse(space.path.read_text())) if isinstance(node, ast.Return))
     assert isinstance(found.value, ast.Dict)
     for key, value in zip(found.value.keys, found.value.values):
-        yield ast.literal_eval(key), ast.unparse(value)  # type: ignore[arg-type]
+        yield ast.literal_eval(key), ast.unparse(value)
 
 
 def _plain(text: str) -> str:
