@@ -247,5 +247,8 @@ def test_a_folder_that_is_no_search(tmp_path):
         export.members(tmp_path)
     pd.DataFrame(dict(trial=[0], front=[False], deliverable=[False], adapter=[""], trait_gain=[0.0],
                       coherence_kept=[0.0])).to_parquet(tmp_path / "ledger.parquet")
+    with pytest.raises(UserError, match="holds no search"):
+        export.members(tmp_path)
+    (tmp_path / "search.json").write_text("{torn")
     with pytest.raises(UserError, match="cannot be read"):
         export.members(tmp_path)
