@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from steerheal import ledger
+from steerheal import ledger, plan
 from steerheal.cli import run_main
 from steerheal.errors import UserError
 
@@ -60,11 +59,7 @@ class Search:
     @property
     def settings(self) -> dict[str, Any]:
         """Of every trial but for the searched ones, flat."""
-        path = self.folder / "search.json"
-        try:
-            return json.loads(path.read_text())["settings"]
-        except (OSError, ValueError, KeyError) as error:
-            raise UserError(f"{path} cannot be read ({type(error).__name__}: {error}).") from None
+        return plan.read(self.folder)["settings"]
 
 
 def read(folder: Path) -> Search:

@@ -6,7 +6,6 @@ runs do not count). Below, by stage: seconds computed, and seconds the stage sto
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import pandas as pd
 
 from analysis import style
 from analysis.folders import Search, command, read
+from steerheal import events
 from steerheal.ledger import hypervolume, latest, open_study
 from steerheal.stages import Store
 
@@ -42,24 +42,15 @@ def data(folder: Path) -> Data:
         UserError: no finished round.
     """
     search = read(folder)
-    events = _events(folder)
-    return Data(search.name, _trials(search, events), _stages(search, events))
+    found = pd.DataFrame(events.read(folder), columns=["time", "trial", "kind", "stage", "digest", "seconds"])
+    return Data(search.name, _trials(search, found), _stages(search, found))
 
 
-def _events(folder: Path) -> pd.DataFrame:
-    """What the workers did: time, trial, kind, stage, digest, seconds. A torn last line is left out."""
-    rows = []
-    for path in sorted((folder / "events").glob("*.jsonl")):
-        text = path.read_text()
-        rows += [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
-    return pd.DataFrame(rows, columns=["time", "trial", "kind", "stage", "digest", "seconds"])
-
-
-def _trials(search: Search, events: pd.DataFrame) -> pd.DataFrame:
+def _trials(search: Search, found: pd.DataFrame) -> pd.DataFrame:
     ended = {index: trial.datetime_complete for index, trial in latest(open_study(search.folder)).items()
              if trial.datetime_complete}
     order = sorted(ended, key=lambda index: ended[index])
-    computed = events[events["kind"] == "computed"]
+    computed = found[found["kind"] == "computed"]
     rows = []
     for n, index in enumerate(order, 1):
         so_far = search.table[search.table["trial"].isin(order[:n])]
@@ -78,11 +69,11 @@ def busy(computed: pd.DataFrame, until: float) -> float:
     return total
 
 
-def _stages(search: Search, events: pd.DataFrame) -> pd.DataFrame:
-    computed = events[events["kind"] == "computed"]
+def _stages(search: Search, found: pd.DataFrame) -> pd.DataFrame:
+    computed = found[found["kind"] == "computed"]
     cost = dict(zip(computed["digest"], computed["seconds"]))
     store = Store(search.folder.absolute().parent / ".stages")
-    replayed = events[events["kind"] == "replayed"]
+    replayed = found[found["kind"] == "replayed"]
     for digest in set(replayed["digest"]) - set(cost):  # computed by another search
         if store.path(digest).exists():
             cost[digest] = store.head(digest)["seconds"]
@@ -91,7 +82,7 @@ def _stages(search: Search, events: pd.DataFrame) -> pd.DataFrame:
                  saved=saved[replayed["stage"] == stage].sum(), n_computed=int((computed["stage"] == stage).sum()),
                  n_replayed=int((replayed["stage"] == stage).sum()),
                  n_unknown=int(saved[replayed["stage"] == stage].isna().sum()))
-            for stage in sorted(set(events["stage"].dropna()))]
+            for stage in sorted(set(found["stage"].dropna()))]
     table = pd.DataFrame(rows, columns=["stage", "computed", "saved", "n_computed", "n_replayed", "n_unknown"])
     return table.sort_values("computed", ascending=False, ignore_index=True)
 

@@ -22,7 +22,7 @@ import pandas as pd
 import tyro
 
 from analysis import page
-from steerheal import ledger, spaces
+from steerheal import ledger, plan, spaces
 from steerheal.cli import run_main
 from steerheal.display import interval
 from steerheal.errors import UserError
@@ -126,11 +126,7 @@ def data(folder: Path, whole: bool = True) -> dict[str, Any]:
         UserError: the folder holds no search.
     """
     table = ledger.read(folder)
-    try:
-        search = json.loads((folder / "search.json").read_text())
-        text = (folder / "baselines.csv").read_text()
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder} cannot be read as a search ({type(error).__name__}: {error}).") from None
+    search, text = plan.read(folder), (folder / "baselines.csv").read_text()
     baselines = pd.read_csv(folder / "baselines.csv") if text.strip() else pd.DataFrame()
     rounds = table.dropna(subset=["round"])
     front = ledger.front(table)

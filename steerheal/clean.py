@@ -80,8 +80,7 @@ def clean(out: Path, days: float, yes: bool) -> int:
 
 
 def referred(folder: Path) -> set[str]:
-    """Digests that a search's events and ledger name, those of its --confirm runs included. A run without a search keeps
-    no events; its ledger names its adapters, completions and readouts."""
+    """Digests that a search's events and ledger name, those of its --confirm runs included."""
     found = {e["digest"] for part in (folder, folder / "confirm") for e in events.read(part) if e.get("digest")}
     for name in ("ledger.csv", "baselines.csv"):
         if (folder / name).exists():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import warnings
 from collections.abc import Callable
@@ -15,7 +14,7 @@ import optuna
 from steerheal import events, ledger, models, searcher, weights
 from steerheal.errors import UserError
 from steerheal.loop import HealLoop
-from steerheal.plan import Plan
+from steerheal.plan import Plan, read
 from steerheal.settings import from_flat, to_flat
 from steerheal.stages import Result, Store, digest_of
 
@@ -101,9 +100,8 @@ def _cost(plan: Plan, rounds: int) -> str:
 
 def _past(folder: Path, plan: Plan) -> Past | None:
     try:
-        there = json.loads((folder / "search.json").read_text())
-        study = ledger.open_study(folder)
-    except (FileNotFoundError, KeyError, ValueError):
+        there, study = read(folder), ledger.open_study(folder)
+    except (UserError, KeyError):
         return None
     rounds = sum(len(t.user_attrs.get("rounds", [])) for t in ledger.latest(study).values())
     own = to_flat(plan.settings)

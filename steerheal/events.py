@@ -8,11 +8,42 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import platform
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from steerheal.stages import Event, disk_error
+
+
+def own(folder: Path) -> Path:
+    """The file that this process writes its events into."""
+    return folder / "events" / f"{platform.node()}-{os.getpid()}.jsonl"
+
+
+def append(path: Path, trial: int, where: str, kind: str, event: Event | None = None) -> None:
+    """Write down what happened to a stage, or to a trial as a whole.
+
+    Args:
+        where: in the loop, in words; of an error, its message.
+
+    Raises:
+        UserError: the folder cannot be written, or the disk is full.
+    """
+    line = dict(time=round(time.time(), 2), trial=trial, where=where, kind=kind)
+    if event:
+        line |= dict(stage=event.stage, digest=event.digest, seconds=round(event.seconds, 3))
+        if event.note:
+            line["note"] = event.note
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+    except OSError as error:
+        raise disk_error(path, error) from error
 
 
 def read(folder: Path) -> list[dict[str, Any]]:

@@ -18,7 +18,7 @@ from typing import Any
 
 import pandas as pd
 
-from steerheal import __version__, ledger, weights
+from steerheal import __version__, ledger, plan, weights
 from steerheal.errors import UserError
 from steerheal.objectives import VERDICTS
 from steerheal.settings import Settings, from_flat, to_flat
@@ -50,11 +50,7 @@ def members(folder: Path) -> list[Member]:
         UserError: no search is there, or none of its rounds was deliverable.
     """
     table = ledger.read(folder)
-    path = folder / "search.json"
-    try:
-        fixed = json.loads(path.read_text())["settings"]
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{path} cannot be read ({type(error).__name__}: {error}).") from None
+    fixed = plan.read(folder)["settings"]
     front = ledger.front(table)
     if front.empty:
         raise UserError(f"{folder}: no round was deliverable, so there is nothing to pick.")

@@ -13,10 +13,12 @@ import contextlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from steerheal import cpu, divergence
 from steerheal.forward import hidden_states, token_logps
@@ -172,16 +174,16 @@ def _step_that_fits(student: Student, parameters: list[nn.Parameter], samples: l
 
 @contextlib.contextmanager
 def _checkpointing(lm: LM) -> Iterator[None]:
-    """Blocks keep only their inputs. They alone are set to training mode, which nothing inside them sees."""
-    lm.model.gradient_checkpointing_enable({"use_reentrant": False})
+    """Blocks keep only their inputs. They alone are set to training mode, which nothing inside them sees. The switch is
+    the blocks' own, as transformers' GradientCheckpointingLayer describes it: the model's is renamed from 5.23 on."""
+    recompute = partial(checkpoint, use_reentrant=False)
     for block in lm.blocks:
-        block.training = True
+        vars(block).update(training=True, gradient_checkpointing=True, _gradient_checkpointing_func=recompute)
     try:
         yield
     finally:
         for block in lm.blocks:
-            block.training = False
-        lm.model.gradient_checkpointing_disable()
+            vars(block).update(training=False, gradient_checkpointing=False)
 
 
 def _step(student: Student, parameters: list[nn.Parameter], samples: list[Sample], reference: list[Tensor] | None,

@@ -141,12 +141,12 @@ def write(study: optuna.Study, folder: Path) -> pd.DataFrame:
     """Rebuild ledger.parquet, ledger.csv, front.csv, baselines.csv and hypervolume.csv in a search's folder; the ledger."""
     table = build(study)
     baselines = pd.DataFrame(study.user_attrs.get("baselines", []))
-    buffer = io.BytesIO()
-    table.to_parquet(buffer, index=False)
-    atomic_write(folder / "ledger.parquet", buffer.getvalue())
     for name, frame in (("ledger", table), ("front", front(table)), ("baselines", baselines),
                         ("hypervolume", progress(study, table))):
         atomic_write(folder / f"{name}.csv", frame.to_csv(index=False).encode())
+    buffer = io.BytesIO()
+    table.to_parquet(buffer, index=False)
+    atomic_write(folder / "ledger.parquet", buffer.getvalue())  # last: where it is, the others are too
     return table
 
 

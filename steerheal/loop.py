@@ -155,8 +155,7 @@ class HealLoop:
             val_nll_last=healed.record["val_nll"][-1], train_nll=healed.record["train_nll"][-1],
             pressure=_mean([row["pressure"] for row in healed.record["steps"] if "pressure" in row]),
             **after.columns(), **{f"steered_{k}": v for k, v in steered.columns().items()},
-            draws=collected.draws, stages=after.stages, vector=vector_digest, diary_steered=steered_diary,
-            diary_healed=healed_diary)
+            draws=collected.draws, stages=after.stages, diary_steered=steered_diary, diary_healed=healed_diary)
         return Round(outcome, after_chain, details), after
 
     # ------------------------------------------------------------ baselines

@@ -73,7 +73,7 @@ def choose_trait(persona: Persona, wanted: str, base: Reading) -> tuple[Trait, s
 
 @dataclass
 class Outcome:
-    """One round, measured. Gains are over base unless said otherwise."""
+    """One round, judged. Gains are over base unless said otherwise; the readouts themselves are in `Reading.columns`."""
 
     round: int
     trait: str
@@ -89,10 +89,7 @@ class Outcome:
     step_gain: float  # healed over the incoming student
     step_gain_low: float
     step_gain_high: float
-    coherence: float
     coherence_kept: float
-    coherence_low: float
-    coherence_high: float
     steered_coherence_kept: float
     fluency_kept: float
     violation: float  # <= 0: deliverable
@@ -116,7 +113,6 @@ def judge(index: int, persona: Persona, trait: Trait, base: Reading, incoming: R
     kept, fluency = healed.ratio(base, "coherence"), healed.ratio(base, "fluency")
     violation = max(COHERENCE_FLOOR - kept, FLUENCY_FLOOR - fluency)
     moved_coherence = abs(healed.value("coherence") - incoming.value("coherence"))
-    coherence = healed.estimate("coherence")
     if violation > 0:
         verdict = "broken"
     elif steered_step.low <= 0:
@@ -126,8 +122,8 @@ def judge(index: int, persona: Persona, trait: Trait, base: Reading, incoming: R
     else:
         verdict = "degraded" if kept < DEGRADED else "heal"
     return Outcome(
-        index, trait.metric, *gain, *trait.gain(steered, base), *steered_step, *step, coherence.value, kept, coherence.low,
-        coherence.high, steered.ratio(base, "coherence"), fluency, violation, verdict,
+        index, trait.metric, *gain, *trait.gain(steered, base), *steered_step, *step, kept,
+        steered.ratio(base, "coherence"), fluency, violation, verdict,
         " ".join(_flags(persona, trait, base, healed, gain, duty)),
         step.value / steered_step.value if steered_step.clear_of_zero else None,
         moved_coherence / abs(step.value) if step.value else None)

@@ -55,7 +55,7 @@ class Plan:
 
     def write(self) -> None:
         path = self.folder / "search.json"
-        old = json.loads(path.read_text()) if path.exists() else {}
+        old = read(self.folder) if path.exists() else {}
         body = dict(
             name=self.name, space=self.space.name, model=self.settings.model, overrides=self.overrides,
             sampler=self.sampler, halving=self.halving, seed=self.seed, trials=self.trials, identity=self.identity(),
@@ -93,7 +93,7 @@ def make(space_name: str, *, name: str | None, out: Path, model: str | None, ove
     space = spaces.load(space_name)
     name = name or space.name
     folder = (out / name).absolute()
-    stored = None if fresh else _read(folder)
+    stored = None if fresh or not (folder / "search.json").exists() else read(folder)
     if model is not None:
         overrides = overrides | {"model": model}
     if rounds is not None:
@@ -121,15 +121,21 @@ def make(space_name: str, *, name: str | None, out: Path, model: str | None, ove
     return plan
 
 
-def _read(folder: Path) -> dict[str, Any] | None:
+def read(folder: Path) -> dict[str, Any]:
+    """search.json, as `Plan.write` or `single.Single` wrote it.
+
+    Raises:
+        UserError: the folder holds none, or it is damaged.
+    """
     path = folder / "search.json"
-    if not path.exists():
-        return None
     try:
         return json.loads(path.read_text())
+    except (FileNotFoundError, NotADirectoryError):
+        there = ", ".join(sorted(p.parent.name for p in folder.parent.glob("*/search.json"))) or "none"
+        raise UserError(f"{folder} holds no search (search.json is missing). Searches beside it: {there}.") from None
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}). --restart moves the folder aside and starts anew; the stage "
-                        f"store makes that cheap.") from None
+        raise UserError(f"{path} cannot be read ({error}). The command that made the search, with --restart, moves the folder "
+                        f"aside and starts anew; the stage store makes that cheap.") from None
 
 
 def _refuse_changes(plan: Plan, stored: dict[str, Any]) -> None:

@@ -45,35 +45,39 @@ def run(args: Args) -> int:
 
     import pandas as pd
 
-    from steerheal import diagnose, gates, history, models, steering
+    from steerheal import diagnose, events, gates, history, models, steering
     from steerheal.display import describe
     from steerheal.loop import HealLoop
     from steerheal.single import Single
     from steerheal.stages import Event, Store
 
-    def say(event: Event) -> None:
+    def say(event: Event, where: str = "diagnosis") -> None:
         if event.kind == "computed":
-            print(f"  {'diagnosis' if args.diagnose else loop.where}: {event.stage}, {event.seconds:.1f} s", flush=True)
+            print(f"  {where}: {event.stage}, {event.seconds:.1f} s", flush=True)
         elif event.kind == "set aside":
             print(f"  {event.note}", flush=True)
 
-    store = Store(args.store, say)
-    lm = models.load(settings)
     if args.diagnose:
-        print(diagnose.diagnose(settings, lm, store).words())
+        print(diagnose.diagnose(settings, models.load(settings), Store(args.store, say)).words())
         return 0
-    loop = HealLoop(settings, lm, store)
-    print(f"trait readout: {loop.baselines().trait_reason}")
+
+    def record(event: Event) -> None:
+        say(event, loop.where)
+        events.append(events.own(single.folder), 0, loop.where, event.kind, event)
+
     chain: tuple[str, ...] = ()
     single = Single(args.store.parent, settings)
     rows = []
-    for round_ in loop.rounds():
-        rows.append(round_.row())
-        print(describe(pd.Series(rows[-1])))
-        for gate, answer in gates.answers(rows).items():
-            print(f"    {gate}  {answer}", flush=True)
-        single.add(loop, round_)
-        chain = round_.chain
+    with events.session(single.folder, concurrent=1):
+        loop = HealLoop(settings, models.load(settings), Store(args.store, record))
+        print(f"trait readout: {loop.baselines().trait_reason}")
+        for round_ in loop.rounds():
+            rows.append(round_.row())
+            print(describe(pd.Series(rows[-1])))
+            for gate, answer in gates.answers(rows).items():
+                print(f"    {gate}  {answer}", flush=True)
+            single.add(loop, round_)
+            chain = round_.chain
     print(f"ended: {loop.end}\nreport: {single.finish(str(loop.end)) / 'report.html'}")
     if args.export and chain:
         rounds = [history.from_tensors(loop.bench.stored(digest).tensors) for digest in chain]

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import time
 from pathlib import Path
 
 import pandas as pd
 
-from steerheal import events, ledger, waste
+from steerheal import events, ledger, plan, waste
 from steerheal.display import clock, front_table, make_console, say_failures
-from steerheal.errors import UserError
 
 
 def show(folder: Path) -> int:
@@ -20,18 +18,13 @@ def show(folder: Path) -> int:
     Raises:
         UserError: the folder holds no search.
     """
-    try:
-        plan = json.loads((folder / "search.json").read_text())
-        table = ledger.read(folder)
-        progress = pd.read_csv(folder / "hypervolume.csv")
-    except FileNotFoundError as error:
-        there = ", ".join(sorted(p.parent.name for p in folder.parent.glob("*/search.json"))) or "none"
-        raise UserError(f"{folder} holds no search ({Path(error.filename).name} is missing). Searches beside it: "
-                        f"{there}.") from None
+    search, table = plan.read(folder), ledger.read(folder)
+    progress = pd.read_csv(folder / "hypervolume.csv")
     console = make_console()
-    done, total, live = len(progress), plan["trials"], is_running(folder)
+    done, total, live = len(progress), search["trials"], is_running(folder)
     state = "running" if live else "finished" if done >= total else "not running; the same command without --status goes on"
-    console.print(f"{plan['name']}: {done} of {total} trials of {plan['settings']['rounds']} rounds, {state}", soft_wrap=True)
+    console.print(f"{search['name']}: {done} of {total} trials of {search['settings']['rounds']} rounds, {state}",
+                  soft_wrap=True)
     found = events.read(folder)
     if live:
         for trial, event in sorted(events.running(found).items()):

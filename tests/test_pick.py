@@ -13,7 +13,8 @@ from conftest import TINY
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from steerheal import chat, chat_ui, export, ledger, pick, run
+from analysis import progress
+from steerheal import chat, chat_ui, export, ledger, pick, run, waste
 from steerheal.errors import UserError
 from steerheal.generation import generate, greedy
 from steerheal.steering import steered
@@ -72,6 +73,8 @@ def test_a_run_leaves_what_a_search_does(folder):
     assert {p.name for p in folder.iterdir()} >= {"report.html", "pareto.png", "ledger.parquet", "search.json", "study.db"}
     table = ledger.read(folder)
     assert list(table["round"]) == [0, 1] and set(table["end"]) == {"rounds"}
+    spent = progress.data(folder).stages.set_index("stage").loc["heal"]
+    assert spent["n_computed"] == 2 and spent["computed"] > 0 and "outside stages" in waste.text(folder)
     assert "one of one" not in (folder / "report.html").read_text() and "1 of 1 trials" in (folder / "report.html").read_text()
 
 
@@ -247,5 +250,8 @@ def test_a_folder_that_is_no_search(tmp_path):
         export.members(tmp_path)
     pd.DataFrame(dict(trial=[0], front=[False], deliverable=[False], adapter=[""], trait_gain=[0.0],
                       coherence_kept=[0.0])).to_parquet(tmp_path / "ledger.parquet")
+    with pytest.raises(UserError, match="holds no search"):
+        export.members(tmp_path)
+    (tmp_path / "search.json").write_text("{torn")
     with pytest.raises(UserError, match="cannot be read"):
         export.members(tmp_path)

@@ -58,7 +58,7 @@ def test_items_average_to_the_ledger(search):
         mine = table[r.outcome.round]
         for f in FOUNDATIONS:
             assert np.log(mine[f"p[{f}]"]) == pytest.approx(r.details[f"{f}_nats"])
-        assert mine["coherence"] == pytest.approx(r.outcome.coherence)
+        assert mine["coherence"] == pytest.approx(r.details["coherence"])
         assert mine["conduct"] == pytest.approx(r.details["conduct_nats"])
         assert mine["fluency"] == pytest.approx(r.details["fluency"])
     base = pd.read_csv(folder / "baselines.csv").iloc[0]

@@ -8,9 +8,6 @@ is appended to an event file of this process, which the driver's display reads.
 from __future__ import annotations
 
 import json
-import os
-import platform
-import time
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,9 +15,10 @@ from typing import Any
 
 from ray import tune
 
+from steerheal import events
 from steerheal.errors import Stop, UserError
 from steerheal.settings import from_flat
-from steerheal.stages import Event, Store, atomic_write, disk_error
+from steerheal.stages import Event, Store, atomic_write
 
 
 class HealTrial(tune.Trainable):
@@ -39,7 +37,7 @@ class HealTrial(tune.Trainable):
     def _begin(self, config: dict[str, Any]) -> None:
         self.folder = Path(config["folder"])
         self.index = config["index"]
-        self.events = self.folder / "events" / f"{platform.node()}-{os.getpid()}.jsonl"
+        self.events = events.own(self.folder)
         self.trial_config = config
         self.loop: Any = None
         self.rounds: Iterator[Any] = iter(())
@@ -99,17 +97,7 @@ class HealTrial(tune.Trainable):
         self._note(self.loop.where, event.kind, event)
 
     def _note(self, where: str, kind: str, event: Event | None = None) -> None:
-        line = dict(time=round(time.time(), 2), trial=self.index, where=where, kind=kind)
-        if event:
-            line |= dict(stage=event.stage, digest=event.digest, seconds=round(event.seconds, 3))
-            if event.note:
-                line["note"] = event.note
-        try:
-            self.events.parent.mkdir(parents=True, exist_ok=True)
-            with self.events.open("a") as file:
-                file.write(json.dumps(line) + "\n")
-        except OSError as error:
-            raise disk_error(self.events, error) from error
+        events.append(self.events, self.index, where, kind, event)
 
     def save_checkpoint(self, checkpoint_dir: str) -> dict[str, Any]:
         return dict(chain=[] if self.loop is None else list(self.loop.bench.loaded))
