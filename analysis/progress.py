@@ -16,7 +16,8 @@ import pandas as pd
 
 from analysis import style
 from analysis.folders import Search, command, read
-from steerheal.ledger import hypervolume, latest, open_study
+from steerheal.events import busy
+from steerheal.ledger import latest, open_study, volumes
 from steerheal.stages import Store
 
 STAGE_NAMES = {"completions": "generate", "scores": "filter", "vector": "extract"}  # the loop's words for stages
@@ -60,22 +61,9 @@ def _trials(search: Search, events: pd.DataFrame) -> pd.DataFrame:
              if trial.datetime_complete}
     order = sorted(ended, key=lambda index: ended[index])
     computed = events[events["kind"] == "computed"]
-    rows = []
-    for n, index in enumerate(order, 1):
-        so_far = search.table[search.table["trial"].isin(order[:n])]
-        rows.append(dict(trial=index, hours=busy(computed, ended[index].timestamp()) / 3600,
-                         hypervolume=hypervolume(so_far)))
-    return pd.DataFrame(rows, columns=["trial", "hours", "hypervolume"])
-
-
-def busy(computed: pd.DataFrame, until: float) -> float:
-    """Seconds before `until` in which at least one worker was computing a stage."""
-    total, reached = 0.0, -np.inf
-    spans = zip(computed["time"] - computed["seconds"], computed["time"])
-    for start, end in sorted(spans):
-        total += max(min(end, until) - max(start, reached), 0.0)
-        reached = max(reached, end)
-    return total
+    seconds = busy(zip(computed["time"] - computed["seconds"], computed["time"]),
+                   [ended[index].timestamp() for index in order])
+    return pd.DataFrame(dict(trial=order, hours=np.array(seconds) / 3600, hypervolume=volumes(search.table, order)))
 
 
 def _stages(search: Search, events: pd.DataFrame) -> pd.DataFrame:
