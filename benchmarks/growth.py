@@ -1,8 +1,7 @@
 """python -m benchmarks.growth [--small] [--part NAME]: how time and memory grow, each curve with its exponent.
 
 completions, length, rounds and vocabulary run SmolLM2 (random history: growth does not depend on what was learned); trials,
-ledger and store are benchmarks/growth_search.py. The last line has the exponents of processor time; `rounds_ratio` is the
-time of merged generation after the most rounds over that after one.
+ledger and store are benchmarks/growth_search.py. The last line has the exponents of processor time.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Literal
 
 import torch
 import tyro
@@ -37,8 +37,8 @@ class Args:
 
     small: bool = False
     """small sizes, each timed once"""
-    part: str = "all"
-    """completions, length, rounds, vocabulary, trials, ledger or store"""
+    part: Literal["all", "completions", "length", "rounds", "vocabulary", "trials", "ledger", "store"] = "all"
+    """what grows"""
 
 
 @cache
@@ -140,7 +140,7 @@ def _random_round(student: Student, settings: HealSettings, index: int) -> Facto
 def vocabulary(small: bool) -> Iterator[Curve]:
     """The healing loss of 256 positions and its gradient; states of SmolLM2's width."""
     sizes = (4096, 8192) if small else (16_384, 32_768, 65_536, 131_072)
-    heads = {size: torch.nn.Linear(576, size, bias=False, dtype=torch.bfloat16) for size in sizes}
+    heads = {size: torch.nn.Linear(576, size, bias=False, dtype=torch.bfloat16).requires_grad_(False) for size in sizes}
     hidden, reference = (torch.randn(256, 576).bfloat16() for _ in range(2))
 
     def loss(size: int) -> None:

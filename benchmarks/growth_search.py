@@ -4,6 +4,7 @@ searcher, the study, its views and the stage store.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import datetime
@@ -34,12 +35,16 @@ SPACE: dict[str, BaseDistribution] = {
     "heal.aggregate": CategoricalDistribution(["mean", "rmse", "p95", "max"])}
 ROUNDS = 4  # of each trial
 EVENTS = 12  # stages of a round
-TOLD = 8  # trials that are asked for and told in one run
-WHERE = Path(tempfile.gettempdir()) / "steerheal-growth"
+TOLD = 4  # trials that are asked for and told in one run
+BASELINES = [dict(label=label, edge_doses=dose, trait_gain=gain, trait_gain_low=gain - 0.1, trait_gain_high=gain + 0.1,
+                  coherence=0.9 * kept, coherence_kept=kept, fluency_kept=1.0)
+             for label, dose, gain, kept in (("base", 0, 0.0, 1.0), ("prompted", 0, 0.1, 1.0), ("steered", 1.0, 0.3, 0.9))]
+WHERE = Path(tempfile.mkdtemp(prefix="growth-"))
+atexit.register(shutil.rmtree, WHERE)
 
 
 def a_round(index: int, rng: np.random.Generator) -> dict[str, Any]:
-    """A row as wide and as long as a real one: 131 columns, 6 kB of JSON."""
+    """A row about as wide and as long as a real one: 130 columns, 6 kB of JSON."""
     gain, kept = float(rng.normal(0.1 * index, 0.2)), min(1.0, float(rng.normal(0.97 - 0.03 * index, 0.03)))
     numbers = rng.normal(size=91).tolist()
     row = objectives.Outcome(index, "conduct_nats", gain, gain - 0.1, gain + 0.1, *numbers[:9], 0.9, kept, 0.88, 0.92, 0.9,
@@ -53,7 +58,6 @@ def a_round(index: int, rng: np.random.Generator) -> dict[str, Any]:
 @cache
 def folders(sizes: tuple[int, ...]) -> dict[int, Path]:
     """Folders of finished searches by the rows of their ledgers; a smaller one is the beginning of a larger."""
-    shutil.rmtree(WHERE, ignore_errors=True)
     rng = np.random.default_rng(0)
     flat = to_flat(Settings(model="smollm2-135m-instruct"))
     search = dict(name="made", space="quickstart", model=flat["model"], overrides={}, sampler="tpe", seed=0, trials=sizes[-1],
@@ -62,6 +66,7 @@ def folders(sizes: tuple[int, ...]) -> dict[int, Path]:
     (grown / "events").mkdir(parents=True)
     (grown / "search.json").write_text(json.dumps(search))
     study = ledger.create_study(grown)
+    study.set_user_attr("baselines", BASELINES)
     out: dict[int, Path] = {}
     trial = 0
     with (grown / "events" / "w-1.jsonl").open("w") as events:
@@ -108,29 +113,32 @@ def tell(search: StudySearcher, trials: int) -> None:
 
 
 def trials(small: bool) -> Iterator[Curve]:
-    """Ask and tell in a study of so many trials, and whole searches of so many."""
+    """Four trials asked for and told in a study of so many, and whole searches of so many."""
     sizes = _sizes(small)
     counts = tuple(size // ROUNDS for size in sizes)
-    studies = {count: ledger.create_study(folders(sizes)[size]) for count, size in zip(counts, sizes)}
+    copies = [Path(shutil.copytree(folders(sizes)[size], WHERE / f"asked-{size}")) for size in sizes]
+    studies = {count: ledger.create_study(copy) for count, copy in zip(counts, copies)}
+    fresh = iter(range(10**6, 10**9))
     for sampler in ("random", "tpe"):
         def ask(count: int, sampler: str = sampler) -> None:
-            study = studies[count]
-            tell(StudySearcher(study, SPACE, range(len(study.trials), 10**6), {}, sampler, 0), TOLD)
+            indices = [next(fresh) for _ in range(TOLD)]
+            tell(StudySearcher(studies[count], SPACE, indices, {}, sampler, 0), TOLD)
 
-        yield Curve(f"ask and tell {TOLD} {sampler}", ask, counts)
+        yield Curve(f"ask and tell {sampler}", ask, counts)
 
     def search(count: int) -> None:
         """As the driver does it."""
         folder = Path(tempfile.mkdtemp(dir=WHERE)) / "made"
         shutil.copytree(folders(sizes)[sizes[0]], folder, ignore=shutil.ignore_patterns("study*", "events"))
         study = ledger.create_study(folder)
+        study.set_user_attr("baselines", BASELINES)
         views = Follower(folder, study, lambda table: None)
         found = StudySearcher(study, SPACE, range(count), {}, "random", 0, lambda index, row: views.change(),
                               on_idle=views.catch_up)
         tell(found, count)
         views.catch_up(now=True)
 
-    yield Curve("whole search", search, (4, 8) if small else (50, 100, 200, 400))
+    yield Curve("whole search", search, (4, 8) if small else (15, 30, 60, 120))
 
 
 def ledger_rows(small: bool) -> Iterator[Curve]:
@@ -139,6 +147,9 @@ def ledger_rows(small: bool) -> Iterator[Curve]:
     made = folders(sizes)
     studies = {size: ledger.create_study(made[size]) for size in sizes}
     tables = {size: ledger.build(studies[size]) for size in sizes}
+
+    def page(size: int) -> None:
+        assert report.refresh(made[size])
 
     def show(size: int) -> None:
         with contextlib.redirect_stdout(io.StringIO()):
@@ -149,7 +160,7 @@ def ledger_rows(small: bool) -> Iterator[Curve]:
     yield Curve("front", lambda size: ledger.front(tables[size]), sizes)
     yield Curve("hypervolume.csv", lambda size: ledger.progress(studies[size], tables[size]), sizes)
     yield Curve("backup", lambda size: study_file.back_up(made[size]), sizes)
-    yield Curve("report", lambda size: report.refresh(made[size]), sizes)
+    yield Curve("report", page, sizes)
     yield Curve("status", show, sizes)
 
 
