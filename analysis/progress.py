@@ -16,7 +16,7 @@ import pandas as pd
 from analysis import style
 from analysis.folders import Search, command, read
 from steerheal import events
-from steerheal.ledger import hypervolume, latest, open_study
+from steerheal.ledger import latest, open_study, volumes
 from steerheal.stages import Store
 
 STAGE_NAMES = {"completions": "generate", "scores": "filter", "vector": "extract"}  # the loop's words for stages
@@ -51,22 +51,9 @@ def _trials(search: Search, found: pd.DataFrame) -> pd.DataFrame:
              if trial.datetime_complete}
     order = sorted(ended, key=lambda index: ended[index])
     computed = found[found["kind"] == "computed"]
-    rows = []
-    for n, index in enumerate(order, 1):
-        so_far = search.table[search.table["trial"].isin(order[:n])]
-        rows.append(dict(trial=index, hours=busy(computed, ended[index].timestamp()) / 3600,
-                         hypervolume=hypervolume(so_far)))
-    return pd.DataFrame(rows, columns=["trial", "hours", "hypervolume"])
-
-
-def busy(computed: pd.DataFrame, until: float) -> float:
-    """Seconds before `until` in which at least one worker was computing a stage."""
-    total, reached = 0.0, -np.inf
-    spans = zip(computed["time"] - computed["seconds"], computed["time"])
-    for start, end in sorted(spans):
-        total += max(min(end, until) - max(start, reached), 0.0)
-        reached = max(reached, end)
-    return total
+    seconds = events.busy(zip(computed["time"] - computed["seconds"], computed["time"]),
+                   [ended[index].timestamp() for index in order])
+    return pd.DataFrame(dict(trial=order, hours=np.array(seconds) / 3600, hypervolume=volumes(search.table, order)))
 
 
 def _stages(search: Search, found: pd.DataFrame) -> pd.DataFrame:

@@ -19,10 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from analysis import report
-from steerheal import events, ledger, searcher, study_file
+from steerheal import events, ledger, searcher
 from steerheal.display import Display
 from steerheal.errors import UserError
+from steerheal.follower import Follower
 from steerheal.plan import Plan
 from steerheal.settings import to_flat
 
@@ -64,17 +64,18 @@ def run(plan: Plan, study: Any, space: dict[str, Any], todo: list[int], fixed: d
     scalars = Scalars(plan.folder)
     with Display(plan.folder, plan.name, len(todo), done, plan.settings.rounds, list(space)) as display:
         display.update(ledger.build(study))
+        views = Follower(plan.folder, study, display.update)
 
         def on_change(index: int, row: dict[str, Any] | None) -> None:
             if row:
                 scalars.add(index, row)
-            study_file.back_up(plan.folder)
-            display.update(ledger.write(study, plan.folder))
-            report.refresh(plan.folder)
+            views.change()
 
-        search = searcher.StudySearcher(study, space, todo, fixed, plan.sampler, plan.seed, on_change, plan.halving)
+        search = searcher.StudySearcher(study, space, todo, fixed, plan.sampler, plan.seed, on_change, plan.halving,
+                                        views.catch_up)
         with events.session(plan.folder, machine.concurrent):
             stopped, fatal = _tune(plan, search, machine, len(todo))
+        views.catch_up(now=True)
     if fatal:
         raise UserError(fatal)
     return Ended(stopped, display.summary())
@@ -100,6 +101,7 @@ def _tune(plan: Plan, search: searcher.StudySearcher, machine: Machine, count: i
             return search.stops(trial_id, result)
 
         def stop_all(self) -> bool:
+            search.idle()  # through the searcher, because Ray pickles this class with all that it names
             return bool(Halt.fatal) or (plan.folder / ".stop").exists()
 
     class Recovered(tune.Callback):

@@ -11,7 +11,8 @@ import json
 import os
 import platform
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,23 @@ def sessions(folder: Path, events: list[dict[str, Any]]) -> list[Session]:
             if following.get("kind") != "end":
                 end = max((e["time"] for e in events if note["time"] <= e["time"] < end), default=note["time"])
             out.append(Session(note["time"], end, note["concurrent"]))
+    return out
+
+
+def busy(spans: Iterable[tuple[float, float]], moments: Iterable[float]) -> list[float]:
+    """Seconds before each moment in which at least one of the spans (start, end) ran; moments in rising order."""
+    apart: list[tuple[float, float]] = []  # the spans, those that touch made one
+    for start, end in sorted(spans):
+        if apart and start <= apart[-1][1]:
+            start, end = apart[-1][0], max(end, apart.pop()[1])
+        apart.append((start, end))
+    out, over = [], 0.0
+    rest = deque(apart)
+    for moment in moments:
+        while rest and rest[0][1] <= moment:
+            start, end = rest.popleft()
+            over += end - start
+        out.append(over + (max(moment - rest[0][0], 0.0) if rest else 0.0))
     return out
 
 

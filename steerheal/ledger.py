@@ -9,7 +9,8 @@ from __future__ import annotations
 import io
 import json
 import warnings
-from datetime import datetime
+from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import optuna
 import pandas as pd
 from pyarrow import ArrowInvalid
 
-from steerheal import pareto, study_file
+from steerheal import events, pareto, study_file
 from steerheal.errors import UserError
 from steerheal.objectives import REFERENCE_POINT
 from steerheal.stages import atomic_write
@@ -112,29 +113,28 @@ def hypervolume(table: pd.DataFrame) -> float:
     return pareto.hypervolume(points, REFERENCE_POINT)
 
 
+def volumes(table: pd.DataFrame, order: Iterable[int]) -> list[float]:
+    """Hypervolume of the rounds of the first n trials, for each n, the trials in this order."""
+    points: dict[int, list[pareto.Point]] = defaultdict(list)
+    able = table[table["deliverable"]]
+    for trial, gain, kept in zip(able["trial"], able["trait_gain"].astype(float), able["coherence_kept"].astype(float)):
+        points[trial].append((gain, kept))
+    return pareto.growth((points[trial] for trial in order), REFERENCE_POINT)
+
+
 def progress(study: optuna.Study, table: pd.DataFrame) -> pd.DataFrame:
     """How the front grew: finished (trials so far), trial, hours, hypervolume; one row per finished trial, as they ended.
 
     hours are those in which at least one trial ran; the pauses between two runs of a search do not count, nor do trials
     that a kill cut off, whose end nobody saw.
     """
-    spans = [(t.datetime_start, t.datetime_complete) for t in study.get_trials(deepcopy=False)
+    spans = [(t.datetime_start.timestamp(), t.datetime_complete.timestamp()) for t in study.get_trials(deepcopy=False)
              if t.datetime_start and t.datetime_complete and "end" in t.user_attrs]
     ends = sorted((t.datetime_complete, index) for index, t in latest(study).items()
                   if t.datetime_complete and t.state == optuna.trial.TrialState.COMPLETE)
-    rows = [dict(finished=n, trial=index, hours=round(_busy_seconds([s for s in spans if s[1] <= end]) / 3600, 5),
-                 hypervolume=hypervolume(table[table["trial"].isin([i for _, i in ends[:n]])]))
-            for n, (end, index) in enumerate(ends, 1)]
-    return pd.DataFrame(rows, columns=["finished", "trial", "hours", "hypervolume"])
-
-
-def _busy_seconds(spans: list[tuple[datetime, datetime]]) -> float:
-    """Length of the union of time spans."""
-    seconds, until = 0.0, datetime.min
-    for start, end in sorted(spans):
-        seconds += max((end - max(start, until)).total_seconds(), 0.0)
-        until = max(until, end)
-    return seconds
+    order = [index for _, index in ends]
+    hours = [round(seconds / 3600, 5) for seconds in events.busy(spans, [end.timestamp() for end, _ in ends])]
+    return pd.DataFrame(dict(finished=range(1, len(ends) + 1), trial=order, hours=hours, hypervolume=volumes(table, order)))
 
 
 def write(study: optuna.Study, folder: Path) -> pd.DataFrame:

@@ -6,7 +6,7 @@ several per trial, so the few lines that two objectives need stand on their own 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 Point = tuple[float, float]
 
@@ -34,3 +34,14 @@ def hypervolume(points: Sequence[Point], reference: Point) -> float:
         area += (x - reference[0]) * (y - floor)
         floor = y
     return area
+
+
+def growth(groups: Iterable[Sequence[Point]], reference: Point) -> list[float]:
+    """Hypervolume after each group of points has joined those before it. Only the front is carried along."""
+    kept: set[Point] = set()
+    out = []
+    for group in groups:
+        points = [*kept.union(p for p in group if p[0] > reference[0] and p[1] > reference[1])]
+        kept = {points[i] for i in front(points)}
+        out.append(hypervolume([*kept], reference))
+    return out

@@ -77,16 +77,17 @@ class StudySearcher(Searcher):
     def __init__(self, study: optuna.Study, space: dict[str, BaseDistribution], indices: Iterable[int],
                  fixed: dict[int, dict[str, Any]], sampler: str, seed: int,
                  on_change: Callable[[int, dict[str, Any] | None], None] = lambda index, row: None,
-                 halve: bool = False):
+                 halve: bool = False, on_idle: Callable[[], None] = lambda: None):
         """
         Args:
             fixed: parameters that are not up to the sampler, by logical index: a grid's points, interrupted trials.
             on_change: called with the index and a round's row when it is finished, with None when the trial has ended.
             halve: stop trials early by `halving.halved`.
+            on_idle: called by `idle`.
         """
         super().__init__()
         self.study, self.space, self.fixed, self.on_change, self.halve = study, space, fixed, on_change, halve
-        self.sampler, self.seed = sampler, seed
+        self.sampler, self.seed, self.on_idle = sampler, seed, on_idle
         self.todo = list(indices)
         self.trials: dict[str, optuna.Trial] = {}  # by Ray's id
         self.rounds: dict[str, list[dict[str, Any]]] = {}
@@ -114,6 +115,10 @@ class StudySearcher(Searcher):
             if len(self.rounds[trial_id]) > known and not result.get("end"):  # a restarted trial repeats its rounds
                 self._guard(self._judge, trial_id)
         return trial_id in self.halved
+
+    def idle(self) -> None:
+        """Ray's event loop went round, ten times a second or so."""
+        self._guard(self.on_idle)
 
     def _judge(self, trial_id: str) -> None:
         own = self.rounds[trial_id]

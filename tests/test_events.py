@@ -1,5 +1,6 @@
 import datetime
 import json
+import random
 
 import optuna
 import pytest
@@ -36,6 +37,16 @@ def test_a_killed_session_lasts_to_its_last_event(tmp_path):
     (tmp_path / "sessions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"torn')
     found = [event("computed", 0, "a", at=t) for t in (10, 60, 120, 230)]
     assert events.sessions(tmp_path, found) == [Session(0, 60, 1), Session(100, 150, 1), Session(200, 230, 2)]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_busy_seconds_are_those_in_which_a_span_runs(seed):
+    rng = random.Random(seed)
+    spans = [(start, start + rng.randrange(1, 12)) for start in (rng.randrange(100) for _ in range(15))]
+    moments = sorted(rng.randrange(120) for _ in range(10))
+    want = [sum(any(start <= second < end for start, end in spans) for second in range(moment)) for moment in moments]
+    assert events.busy(spans, moments) == want
+    assert events.busy([], moments) == [0] * 10
 
 
 def test_what_is_running_is_what_was_started_and_not_finished():

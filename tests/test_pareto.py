@@ -26,3 +26,19 @@ def test_the_front_is_what_nothing_dominates():
     by_definition = [i for i, p in enumerate(points) if not any(pareto.dominates(q, p) for q in points)]
     assert sorted(pareto.front(points)) == by_definition == [0, 1, 3, 4]
     assert pareto.front([]) == [] and pareto.hypervolume([], (0, 0)) == 0
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_growth_is_the_hypervolume_of_every_beginning(seed):
+    rng = random.Random(seed)
+    groups = [[(round(rng.uniform(-1, 2), 1), round(rng.uniform(0.7, 1), 2)) for _ in range(rng.randrange(4))]
+              for _ in range(20)]
+    want = [pareto.hypervolume([p for group in groups[: n + 1] for p in group], (0.0, 0.85)) for n in range(20)]
+    assert pareto.growth(groups, (0.0, 0.85)) == pytest.approx(want)
+
+
+def test_growth_carries_nothing_along_but_the_front(monkeypatch):
+    front, seen = pareto.front, []
+    monkeypatch.setattr(pareto, "front", lambda points: seen.append(len(points)) or front(points))
+    groups = [[(1.0, 0.99), (0.5, 0.9), (0.5, 1.0), (0.4, 0.9)]] * 100  # two on the front, in every trial
+    assert len(pareto.growth(groups, (0.0, 0.85))) == 100 and max(seen) <= 6
