@@ -21,7 +21,7 @@ import numpy as np
 import pandas as pd
 import tyro
 
-from analysis import page
+from analysis import folders, page, versus
 from steerheal import ledger, plan, spaces
 from steerheal.cli import run_main
 from steerheal.display import interval
@@ -131,11 +131,12 @@ def data(folder: Path, whole: bool = True) -> dict[str, Any]:
     rounds = table.dropna(subset=["round"])
     front = ledger.front(table)
     done = table[table["state"] == "complete"]["trial"].nunique()
+    against = _optional("the baselines", lambda: versus.sentences(versus.table(folders.read(folder)))) if len(rounds) else None
     failed = table[table["error"].ne("")].drop_duplicates("trial")
     return dict(
         title=f"{search['name']}: steerheal report", name=search["name"], search=search, hypothesis=_hypothesis(search),
         written=time.strftime("%Y-%m-%d %H:%M"), done=done, whole=whole,
-        trait=_trait_reason(folder), hypervolume=ledger.hypervolume(table), sentences=sentences(rounds, baselines),
+        trait=_trait_reason(folder), hypervolume=ledger.hypervolume(table), sentences=sentences(rounds, against or []),
         verdicts=VERDICTS, flags=FLAGS, floors=dict(coherence=COHERENCE_FLOOR, fluency=FLUENCY_FLOOR, sane=DEGRADED),
         front=round_table(front, MAIN), rounds=round_table(rounds, len(COLUMNS)), baselines=baseline_table(baselines),
         failed=[(row["trial"], row["error"]) for _, row in failed.iterrows()],
@@ -177,8 +178,8 @@ def _loading(search: dict[str, Any], front: pd.DataFrame) -> str:
     return loading_code(search["settings"], f"adapters/{first['trial']}/r{first['round']}")
 
 
-def sentences(rounds: pd.DataFrame, baselines: pd.DataFrame) -> list[str]:
-    """What came of the search, in words: the verdicts, the best round, and whether it beats the baselines."""
+def sentences(rounds: pd.DataFrame, against: list[str]) -> list[str]:
+    """What came of the search, in words: the verdicts, the best round, and how it stands `against` the baselines."""
     if rounds.empty:
         return ["No round is finished yet."]
     counts = rounds["verdict"].value_counts()
@@ -191,25 +192,7 @@ def sentences(rounds: pd.DataFrame, baselines: pd.DataFrame) -> list[str]:
     out.append(f"The largest trait gain of a deliverable round is {interval(best)} nats, at {best['coherence_kept']:.3f} of "
                f"base's coherence: trial {best['trial']} round {best['round']}, verdict {best['verdict']}"
                + "".join(f"; flagged {flag}: {FLAGS[flag]}" for flag in best["flags"].split()) + ".")
-    if len(baselines):
-        out += [_against(best, row, "the persona as a system prompt")
-                for _, row in baselines[baselines["label"] == "prompted"].iterrows()]
-        steered = baselines[(baselines["label"] == "steered") & (baselines["coherence_kept"] >= COHERENCE_FLOOR)
-                            & (baselines["fluency_kept"] >= FLUENCY_FLOOR)]
-        if len(steered):
-            top = steered.loc[steered["trait_gain"].idxmax()]
-            out.append(_against(best, top, f"the strongest deliverable raw steering ({top['edge_doses']:g} x edge)"))
-    return [*out, "Intervals are 95% over items; the noise between run seeds is not in them."]
-
-
-def _against(best: pd.Series, other: pd.Series, what: str) -> str:
-    if best["trait_gain_low"] > other["trait_gain_high"]:
-        verb = "beats"
-    elif best["trait_gain_high"] < other["trait_gain_low"]:
-        verb = "falls short of"
-    else:
-        verb = "cannot be told apart from"
-    return f"It {verb} {what}: {interval(other)} nats at {other['coherence_kept']:.3f}."
+    return [*out, *against, "Intervals are 95% over items; the noise between run seeds is not in them."]
 
 
 # ---------------------------------------------------------------- tables

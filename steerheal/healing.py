@@ -29,6 +29,7 @@ from steerheal.stages import seed_of
 
 PRESSURE_EVERY, PRESSURE_FROM = 8, 4  # steps between measurements of the two terms' gradient norms, and the first: at the
 # start, where the adapter is zero, the barrier has no gradient
+DOMINATES = 2  # pressure above which, throughout, the barrier is said to have outweighed the data
 POOL = 4  # batches that are sorted by length together: padding goes, and batches still differ from epoch to epoch
 
 
@@ -133,10 +134,10 @@ def _warning(rows: list[dict[str, Any]], duty: float, settings: HealSettings, la
         return (f"the barrier never fired: no completion came over heal.tau = {settings.tau:g} (the largest "
                 f"{settings.aggregate} of KL was {top:.2g} nats), so this round is plain nll; lower heal.tau.")
     pressure = [row["pressure"] for row in rows if "pressure" in row]
-    if pressure and min(pressure) > 1:
-        return (f"the barrier outweighed the data at every measurement (its gradient was {min(pressure):.2g} to "
-                f"{max(pressure):.2g} times as large), so this round learned its reference rather than the trait; raise "
-                f"heal.tau = {settings.tau:g}, or lower heal.lam (now {lam:g}).")
+    if pressure and min(pressure) > DOMINATES:
+        return (f"the barrier outweighed the data at every measurement (its gradient was at least {min(pressure):.2g} times "
+                f"as large), so this round kept to its reference more than it learned the trait; raise heal.tau = "
+                f"{settings.tau:g}, or lower heal.lam (now {lam:g}).")
     return None
 
 

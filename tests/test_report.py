@@ -14,13 +14,16 @@ import chromium
 import optuna
 import pandas as pd
 import pytest
+import torch
 from markdown_it import MarkdownIt
 
 import steerheal
 from analysis import diary, page, report
 from steerheal import ledger
 from steerheal.errors import UserError
+from steerheal.personas import FOUNDATIONS
 from steerheal.settings import Settings, to_flat
+from steerheal.stages import Result, Store
 
 EVIL = ('He said "no" & \'yes\' <script>window.ran = 1</script><img src=x onerror="window.ran = 1">\n\n# `no` **heading**\n'
         "- </blockquote> [link](http://example.com)\n---\n| a | b |\n\tend</details>")
@@ -35,17 +38,28 @@ def a_round(index, gain, kept, **more):
                 adapter=f"{gain}-{index}", chain=[]) | more
 
 
+def measured(store, gain, wave):
+    """Stored readouts in which conduct moved by `gain`, with an item noise of 0.05 in a pattern of its own."""
+    items = gain + 0.05 * torch.tensor([-1.0, 1.0]).repeat_interleave(wave).repeat(12 // wave)
+    results = dict(
+        conduct=Result({}, dict(conduct=items, control=torch.zeros(24))),
+        foundations=Result(dict(ids=list("abcdefg"), foundations=list(FOUNDATIONS)),
+                           dict(logp=torch.full((7, 2, 7), -2.0), prefill_nll=torch.ones(7, 2))))
+    inputs = dict(gain=gain, wave=wave)
+    return json.dumps({name: store.stage(name, inputs, lambda r=r: r).digest for name, r in results.items()})
+
+
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """Three trials: the second has an undeliverable round, the third failed."""
-    out = tmp_path / "made-up"
+    out, store = tmp_path / "made-up", Store(tmp_path / ".stages")
     out.mkdir()
     study = optuna.create_study(study_name="steerheal", storage=ledger.storage_url(out), directions=["maximize"] * 2)
     for index, rounds in enumerate(([a_round(0, 0.1, 0.99), a_round(1, 0.3, 0.96, flags="inert")],
                                     [a_round(0, 0.02, 0.97), a_round(1, 0.5, 0.6)], [])):
         trial = study.ask({"heal.tau": optuna.distributions.FloatDistribution(0.01, 1.0, log=True)})
         trial.set_user_attr("index", index)
-        trial.set_user_attr("rounds", rounds)
+        trial.set_user_attr("rounds", [r | dict(stages=measured(store, r["trait_gain"], 1)) for r in rounds])
         if rounds:
             study.tell(trial, [0.1, 0.9])
         else:
@@ -54,9 +68,10 @@ def folder(tmp_path, monkeypatch):
     study.set_user_attr("trait", "conduct_nats: because")
     study.set_user_attr("baselines", [
         dict(label=label, edge_doses=dose, trait_gain=gain, trait_gain_low=gain - 0.01, trait_gain_high=gain + 0.01,
-             coherence_kept=kept, fluency_kept=1.0)
-        for label, dose, gain, kept in (("base", 0.0, 0.0, 1.0), ("prompted", 0.0, 0.1, 1.0), ("steered", 0.5, 0.31, 0.9),
-                                        ("steered", 1.5, 2.0, 0.2))])
+             coherence_kept=kept, fluency_kept=1.0, stages=measured(store, gain, wave))
+        for label, dose, gain, kept, wave in (("base", 0.0, 0.0, 1.0, 1), ("prompted", 0.0, 0.1, 0.95, 1),
+                                              ("steered", 0.5, 0.31, 0.9, 2), ("steered", 0.75, 0.5, 0.98, 2),
+                                              ("steered", 1.5, 2.0, 0.2, 2))])
     ledger.write(study, out)
     flat = to_flat(Settings(model="smollm2-135m-instruct"))
     (out / "search.json").write_text(json.dumps(dict(
@@ -143,8 +158,10 @@ def test_words_say_what_the_intervals_say(folder):
     said = report.data(folder)["sentences"]
     assert said[0] == "4 rounds of 2 trials: 1 broken, 3 heal."
     assert "+0.300" in said[1] and "trial 0 round 1" in said[1] and report.FLAGS["inert"] in said[1]
-    assert said[2].startswith("It beats the persona")  # 0.25..0.35 against 0.09..0.11
-    assert said[3].startswith("It cannot be told apart from the strongest deliverable raw steering (0.5 x edge)")
+    assert "beats the persona as a system prompt (+0.100 at 0.950): +0.200 [+0.200, +0.200] nats" in said[2]  # same noise
+    assert "trial 0 round 1 (+0.300 nats at 0.960) cannot be told apart from raw steering at 0.5 x edge" in said[3]
+    # trial 0 round 0 keeps 0.99, which is no less than 0.98
+    assert "trial 0 round 0 (+0.100 nats at 0.990) falls short of raw steering at 0.75 x edge" in said[4] and len(said) == 6
 
 
 def test_every_round_is_in_the_table_with_its_numbers(folder):

@@ -1,0 +1,93 @@
+"""python -m analysis.versus results/SEARCH: does the loop beat a prompt, and raw steering, at no less coherence?
+
+Against each deliverable baseline stands the deliverable round with the largest trait gain of those that keep at least the coherence that
+the baseline keeps. Their difference is paired over items, with its 95% interval. The round is the best of many, which
+flatters it; fresh run seeds (`--confirm`, `python -m analysis.noise`) are the fair test.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pandas as pd
+
+from analysis.folders import Search, read
+from steerheal import personas
+from steerheal.cli import run_main
+from steerheal.evaluation.readings import Estimate, Reading
+from steerheal.objectives import COHERENCE_FLOOR, FLUENCY_FLOOR, choose_trait
+from steerheal.stages import Store
+
+COLUMNS = ["label", "edge_doses", "coherence_kept", "trait_gain", "trial", "round", "round_coherence_kept", "round_trait_gain",
+           "difference", "difference_low", "difference_high"]
+
+
+def table(search: Search) -> pd.DataFrame:
+    """One row per deliverable baseline but base: COLUMNS, differences in nats, positive where the round is ahead, and nothing
+    from `trial` on where no round keeps as much coherence.
+
+    Those whose stages are no longer in the store are left out.
+    """
+    store = Store(search.folder.absolute().parent / ".stages")
+    base = _reading(store, search.base["stages"])
+    if base is None:
+        return pd.DataFrame(columns=COLUMNS)
+    trait, _ = choose_trait(personas.load(search.settings["persona"]), search.settings["evaluate.trait"], base)
+    able = search.rounds[search.rounds["deliverable"]]
+    rungs = search.baselines[(search.baselines["coherence_kept"] >= COHERENCE_FLOOR)
+                             & (search.baselines["fluency_kept"] >= FLUENCY_FLOOR) & (search.baselines["label"] != "base")]
+    out = []
+    for _, rung in rungs.iterrows():
+        rivals = able[able["coherence_kept"] >= rung["coherence_kept"]]
+        if rivals.empty:
+            out.append([*rung[COLUMNS[:4]], *[None] * 7])
+            continue
+        best = rivals.loc[rivals["trait_gain"].idxmax()]
+        ours, theirs = _reading(store, best["stages"]), _reading(store, rung["stages"])
+        if ours and theirs:
+            out.append([*rung[COLUMNS[:4]], best["trial"], best["round"], best["coherence_kept"], best["trait_gain"],
+                        *trait.gain(ours, theirs)])
+    return pd.DataFrame(out, columns=COLUMNS)
+
+
+def sentences(rows: pd.DataFrame) -> list[str]:
+    """`table` in words."""
+    out = []
+    for row in rows.itertuples():
+        what = "the persona as a system prompt" if row.label == "prompted" else f"raw steering at {row.edge_doses:g} x edge"
+        if pd.isna(row.trial):
+            out.append(f"No deliverable round keeps as much coherence as {what} ({row.trait_gain:+.3f} nats at "
+                       f"{row.coherence_kept:.3f}).")
+            continue
+        apart = Estimate(row.difference, row.difference_low, row.difference_high)
+        verb = "cannot be told apart from" if not apart.clear_of_zero else "beats" if apart.value > 0 else "falls short of"
+        out.append(f"At no less coherence, trial {row.trial} round {row.round} ({row.round_trait_gain:+.3f} nats at "
+                   f"{row.round_coherence_kept:.3f}) {verb} {what} ({row.trait_gain:+.3f} at {row.coherence_kept:.3f}): "
+                   f"{apart} nats, paired over items.")
+    return out
+
+
+def _reading(store: Store, stages: str) -> Reading | None:
+    found = {name: store.load(digest) for name, digest in json.loads(stages).items()}
+    foundations, conduct = found["foundations"], found["conduct"]
+    return Reading.of(foundations, conduct) if foundations and conduct else None
+
+
+def main() -> None:
+    def action() -> int:
+        if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
+            print(__doc__.strip())
+            return 0 if sys.argv[1:] in (["--help"], ["-h"]) else 2
+        search = read(Path(sys.argv[1]))
+        rows = table(search)
+        rows.to_csv(search.folder / "versus.csv", index=False)
+        print("\n".join(sentences(rows)) or "The stages of the baselines are no longer in the store.")
+        return 0
+
+    run_main(action)
+
+
+if __name__ == "__main__":
+    main()
