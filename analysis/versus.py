@@ -1,8 +1,8 @@
 """python -m analysis.versus results/SEARCH: does the loop beat a prompt, and raw steering, at no less coherence?
 
-Against each deliverable baseline stands the deliverable round with the largest trait gain of those that keep at least the coherence that
-the baseline keeps. Their difference is paired over items, with its 95% interval. The round is the best of many, which
-flatters it; fresh run seeds (`--confirm`, `python -m analysis.noise`) are the fair test.
+Against each deliverable baseline stands the deliverable round with the largest trait gain of those that keep at least the
+coherence that the baseline keeps. Their difference is paired over items, with its 95% interval. The round is the best of
+many, which flatters it; fresh run seeds (`--confirm`, `python -m analysis.noise`) are the fair test.
 """
 
 from __future__ import annotations
