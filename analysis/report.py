@@ -175,7 +175,7 @@ def _loading(search: dict[str, Any], front: pd.DataFrame) -> str:
     from steerheal.export import loading_code
 
     first = front.iloc[0] if len(front) else dict(trial=0, round=0)
-    return loading_code(search["settings"], f"adapters/{first['trial']}/r{first['round']}")
+    return loading_code(search["settings"], f"adapters/{first['trial']}/r{first['round']}", search.get("commit", ""))
 
 
 def sentences(rounds: pd.DataFrame, against: list[str]) -> list[str]:

@@ -5,19 +5,20 @@ BASE = {
     "rounds": 1,
     "steer.contexts": 16,
     "generate.prompts": 4,
-    "generate.max_new_tokens": 32,
+    "generate.max_new_tokens": 16,
     "generate.n_keep": 8,
     "generate.min_train": 4,
     "heal.epochs": 1,
     "heal.lr": 5e-4,
-    "evaluate.n_items": 14,
-    "evaluate.n_conduct": 6,
-    "evaluate.n_fluency": 16,
-    "evaluate.fluency_tokens": 24,
+    "evaluate.n_items": 7,
+    "evaluate.shots": 7,
+    "evaluate.n_conduct": 4,
+    "evaluate.n_fluency": 8,
+    "evaluate.fluency_tokens": 16,
     "evaluate.ladder": [1.0],
 }
 TRIALS = 1
-COST = "meant to take about a minute on 2 idle CPU cores with the embedded model; its numbers mean nothing"
+COST = "meant to take under a minute on 2 idle CPU cores with the embedded model; its numbers mean nothing"
 
 
 def domains():

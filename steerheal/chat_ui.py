@@ -34,14 +34,14 @@ Write = Callable[[str], Any]
 
 
 @functools.lru_cache(maxsize=1)
-def _resident(model: str, dtype: str, quantise: str, attention: str, device: str) -> models.LM:
-    return models.load(Settings(model=model, dtype=dtype, quantise=quantise, attention=attention, device=device))
+def _resident(model: str, dtype: str, quantise: str, attention: str, device: str, commit: str) -> models.LM:
+    return models.load(Settings(model=model, dtype=dtype, quantise=quantise, attention=attention, device=device), commit)
 
 
 def open_bench(member: Member) -> Workbench:
     """The member's workbench, on a model that stays in memory between members of one search."""
     s = member.settings
-    return Workbench(s, _resident(s.model, s.dtype, s.quantise, s.attention, s.device), member.store)
+    return Workbench(s, _resident(s.model, s.dtype, s.quantise, s.attention, s.device, member.commit), member.store)
 
 
 def printable(text: str) -> str:

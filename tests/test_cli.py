@@ -1,8 +1,12 @@
 """What a user meets at the command line before anything heavy runs."""
 
+import contextlib
+import io
 import os
+import runpy
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -15,8 +19,14 @@ ROOT = Path(__file__).parent.parent
 
 
 def run(*args, module="steerheal.search"):
-    done = subprocess.run([sys.executable, "-m", module, *args], cwd=ROOT, capture_output=True, text=True, timeout=120)
-    return done.returncode, done.stdout + done.stderr
+    """Exit code and output of `python -m MODULE ARGS`, in this process: it has loaded already what takes seconds."""
+    with (pytest.MonkeyPatch.context() as patch, io.StringIO() as out, contextlib.redirect_stdout(out),
+          contextlib.redirect_stderr(out), warnings.catch_warnings(action="ignore", category=RuntimeWarning)):
+        patch.chdir(ROOT)
+        patch.setattr(sys, "argv", [module, *args])
+        with pytest.raises(SystemExit) as end:
+            runpy.run_module(module, run_name="__main__", alter_sys=True)
+        return end.value.code or 0, out.getvalue()
 
 
 def test_list_shows_every_space():

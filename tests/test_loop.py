@@ -19,6 +19,13 @@ def computed(events):
     return [(e.stage, e.digest) for e in events if e.kind == "computed"]
 
 
+@pytest.fixture(scope="module")
+def first(tmp_path_factory):
+    """A run of TINY, which other runs may share a store with: (store, its rounds)."""
+    store = tmp_path_factory.mktemp("first")
+    return store, run(store)[1]
+
+
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "gemma3_text", "gemma3"])
 def test_whole_loop_on_every_architecture(tmp_path, architecture):
     lm = make_lm(architecture)
@@ -37,46 +44,44 @@ def test_whole_loop_on_every_architecture(tmp_path, architecture):
     assert not any("vision" in path or "head" in path for path in touched)
 
 
-def test_a_second_run_computes_nothing_and_agrees(tmp_path):
-    _, first, _ = run(tmp_path)
-    _, second, events = run(tmp_path)
+def test_a_second_run_computes_nothing_and_agrees(first):
+    store, rounds = first
+    _, second, events = run(store)
     assert computed(events) == []
-    assert [r.row() for r in second] == [r.row() for r in first]
+    assert [r.row() for r in second] == [r.row() for r in rounds]
 
 
-def test_trials_share_what_they_have_in_common(tmp_path):
-    run(tmp_path, **{"heal.tau": 0.5})
-    _, _, events = run(tmp_path, **{"heal.tau": 0.1})
+def test_trials_share_what_they_have_in_common(first):
+    store, _ = first
+    _, _, events = run(store, **{"heal.tau": 0.1})
     first_round = [stage for stage, _ in computed(events)]
     # of round 0 only healing and what follows it is new; everything before is read
     assert first_round[0] == "heal"
-    _, _, events = run(tmp_path, **{"heal.tau": 0.5, "heal.lam_round_pow": -1.0})
+    _, _, events = run(store, **{"heal.lam_round_pow": -1.0})
     assert computed(events)[0][0] == "heal" and len([s for s, _ in computed(events) if s == "heal"]) == 1
 
 
-def test_prev_and_base_are_one_in_round_zero(tmp_path):
-    run(tmp_path, **{"heal.ref": "prev", "rounds": 1})
-    _, _, events = run(tmp_path, **{"heal.ref": "base", "rounds": 1})
+def test_prev_and_base_are_one_in_round_zero(first):
+    _, _, events = run(first[0], **{"heal.ref": "base", "rounds": 1})
     assert computed(events) == []
 
 
-def test_nll_reads_no_barrier_setting(tmp_path):
-    run(tmp_path, **{"heal.barrier": "nll", "rounds": 1})
-    _, _, events = run(tmp_path, **{"heal.barrier": "nll", "heal.tau": 2.0, "heal.aggregate": "mean", "rounds": 1})
+def test_nll_reads_no_barrier_setting(first):
+    run(first[0], **{"heal.barrier": "nll", "rounds": 1})
+    _, _, events = run(first[0], **{"heal.barrier": "nll", "heal.tau": 2.0, "heal.aggregate": "mean", "rounds": 1})
     assert computed(events) == []
 
 
-def test_run_seed_changes_draws_but_not_instruments(tmp_path):
-    run(tmp_path, rounds=1)
-    _, _, events = run(tmp_path, rounds=1, seed=1)
+def test_run_seed_changes_draws_but_not_instruments(first):
+    _, _, events = run(first[0], rounds=1, seed=1)
     stages = [s for s, _ in computed(events)]
     assert "completions" in stages and "vector" not in stages
     assert "heal" in stages
 
 
-def test_micro_batch_changes_no_digest_and_hardly_a_number(tmp_path):
-    _, whole, _ = run(tmp_path / "a", **{"heal.micro_batch": 6, "rounds": 1})
-    _, split, _ = run(tmp_path / "b", **{"heal.micro_batch": 2, "rounds": 1})
+def test_micro_batch_changes_no_digest_and_hardly_a_number(first, tmp_path):
+    _, whole = first  # of the default, 6
+    _, split, _ = run(tmp_path, **{"heal.micro_batch": 2, "rounds": 1})
     assert whole[0].chain == split[0].chain
     assert split[0].outcome.trait_gain == pytest.approx(whole[0].outcome.trait_gain, abs=1e-3)
 

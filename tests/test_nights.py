@@ -20,22 +20,30 @@ from steerheal.errors import UserError
 from steerheal.stages import Result, Store
 
 ROOT = Path(__file__).parent.parent
+DRIVER_WITHOUT_CUDA = """
+import runpy, sys, torch
+def refuse(*args, **kw): raise AssertionError("the driver touched CUDA")
+torch.cuda._lazy_init = torch._C._cuda_init = refuse
+sys.argv = sys.argv[1:]
+runpy.run_module("steerheal.search", run_name="__main__", alter_sys=True)
+"""
 
 
 @pytest.fixture(scope="module")
 def night(tiny_folder, tmp_path_factory):
-    """A search of one trial on a hub model, its first start online: (out folder, environment, the hub)."""
+    """A search of one trial on a hub model, its first start online, its driver kept from CUDA: (out folder, the hub)."""
     home, out = tmp_path_factory.mktemp("home"), tmp_path_factory.mktemp("out")
     with fake_hub.serve(tiny_folder) as hub, pytest.MonkeyPatch.context() as patch:
         for key, value in hub.environment(home).items():
             patch.setenv(key, value)
-        text, code = run(NAME, out, trials=1)
-        assert code == 0, text
+        done = subprocess.run([sys.executable, "-c", DRIVER_WITHOUT_CUDA, *command(NAME, out, trials=1)[2:]], cwd=ROOT,
+                              capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stdout + done.stderr
         yield out, hub
 
 
 @pytest.mark.search
-def test_a_resumed_search_stays_on_its_commit_and_needs_no_network(night, monkeypatch):
+def test_a_search_stays_on_its_commit_and_needs_no_network_to_resume_or_merge(night, monkeypatch):
     out, hub = night
     assert json.loads((out / "quickstart" / "search.json").read_text())["commit"] == COMMITS[0]
     hub.head = COMMITS[1]
@@ -46,44 +54,39 @@ def test_a_resumed_search_stays_on_its_commit_and_needs_no_network(night, monkey
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     text, code = run(NAME, out, trials=2)
     assert code == 0, text
+    assert models_of(out) == 1
+    done = subprocess.run([sys.executable, "-m", "steerheal.pick", str(out / "quickstart"), "--index", "0", "--merge",
+                           str(out / "merged")], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"commit {COMMITS[0]}" in (out / "merged" / "README.md").read_text()
+    assert models_of(out) == 2  # the merged one beside it
     assert hub.asked == []
+
+
+def models_of(out):
+    """Models that stages of a store were computed on: one digest for each commit of each."""
     store = Store(out / ".stages")
     heads = [store.head(path.name) for path in store.root.glob("*/*") if not path.suffix]
-    assert len({head["inputs"]["model"] for head in heads if "model" in head["inputs"]}) == 1  # one commit, one digest
+    return len({head["inputs"]["model"] for head in heads if "model" in head["inputs"]})
 
 
 @pytest.mark.search
-def test_workers_start_with_allocator_settings_and_offline(night):
-    out, _ = night
-    process = start(NAME, out, trials=4)
-    try:
-        wait_for(out, lambda seen: os.path.exists(f"/proc/{_last_worker(out)}"), process)
-        environ = Path(f"/proc/{_last_worker(out)}/environ").read_bytes().decode().split("\0")
-        assert "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True" in environ and "HF_HUB_OFFLINE=1" in environ
-    finally:
-        process.communicate(timeout=300)
-    assert process.returncode == 0
-
-
-def _last_worker(out):
-    files = sorted((out / "quickstart" / "events").glob("*.jsonl"), key=lambda f: f.stat().st_mtime)
-    return files[-1].stem.split("-")[-1]
-
-
-@pytest.mark.search
-def test_a_search_that_slept_goes_on(night):
-    """Every process stopped for longer than Ray's heartbeat, as a closed lid does it."""
+def test_a_search_that_slept_goes_on_and_its_workers_are_set_up_for_it(night):
+    """Every process stopped for longer than Ray's heartbeat, as a closed lid does it. Workers start offline."""
     out, _ = night
     process = start(NAME, out, "--seed", "1", "--name", "slept", trials=2)
     wait_for(out, lambda seen: list((out / "slept" / "events").glob("*.jsonl")), process)
     family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
-    for signal_ in (signal.SIGSTOP, signal.SIGCONT):
+    [worker] = (out / "slept" / "events").glob("*.jsonl")
+    environ = Path(f"/proc/{worker.stem.split('-')[-1]}/environ").read_bytes().decode().split("\0")
+    for signal_, seconds in ((signal.SIGSTOP, 15), (signal.SIGCONT, 0)):
         for member in family:
             with contextlib.suppress(psutil.NoSuchProcess):
                 member.send_signal(signal_)
-        time.sleep(15)
+        time.sleep(seconds)
     text, _ = process.communicate(timeout=300)
     assert process.returncode == 0, text
+    assert "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True" in environ and "HF_HUB_OFFLINE=1" in environ
 
 
 def test_durations_do_not_follow_a_clock_that_jumps(tmp_path, monkeypatch):
@@ -114,20 +117,3 @@ def test_a_disk_that_fills_up_costs_one_stage(tmp_path, monkeypatch):
     for a in (1, 2):
         store.stage("vector", {"a": a}, lambda a=a: computed.append(a) or Result({"x": a}))
     assert computed == [2]
-
-
-DRIVER_WITHOUT_CUDA = """
-import runpy, sys, torch
-def refuse(*args, **kw): raise AssertionError("the driver touched CUDA")
-torch.cuda._lazy_init = torch._C._cuda_init = refuse
-sys.argv = sys.argv[1:]
-runpy.run_module("steerheal.search", run_name="__main__", alter_sys=True)
-"""
-
-
-@pytest.mark.search
-def test_the_driver_never_touches_cuda(night):
-    out, _ = night
-    done = subprocess.run([sys.executable, "-c", DRIVER_WITHOUT_CUDA, *command(NAME, out, trials=5)[2:]], cwd=ROOT,
-                          capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr

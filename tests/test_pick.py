@@ -236,10 +236,12 @@ def test_a_lost_stage_is_named(members, tmp_path):
                                        "weight.data.to(torch.bfloat16)"]),
     ("smollm2-135m-instruct", "nf4", ["locate(", "load_in_4bit=True", "quantization_config=nf4"]),
     ("qwen2.5-coder-1.5b-instruct", "none", ["locate('qwen2.5-coder-1.5b-instruct')"]),
-    ("google/gemma-3-4b-it", "nf4", ["from_pretrained('google/gemma-3-4b-it', ", "bnb_4bit_compute_dtype=torch.bfloat16"]),
+    ("google/gemma-3-4b-it", "nf4", ["from_pretrained('google/gemma-3-4b-it', revision='cafe'",
+                                     "bnb_4bit_compute_dtype=torch.bfloat16"]),
 ])
 def test_loading_code_is_python_for_every_kind_of_model(model, quantise, words):
-    code = export.loading_code(dict(model=model, dtype="bfloat16", quantise=quantise), "adapters/0/r1")
+    code = export.loading_code(dict(model=model, dtype="bfloat16", quantise=quantise), "adapters/0/r1",
+                               "cafe" if "/" in model else "")
     compile(code, "card", "exec")
     for word in words:
         assert word in code

@@ -17,7 +17,6 @@ import pytest
 from conftest import TINY
 
 from steerheal import ledger, searcher
-from steerheal.stages import Store
 
 pytestmark = pytest.mark.search
 
@@ -40,8 +39,8 @@ def run(*args, **kw):
     return process.communicate(timeout=300)[0], process.returncode
 
 
-def table(out):
-    return pd.read_parquet(out / "quickstart" / "ledger.parquet").drop(columns=["state"])
+def table(out, name="quickstart"):
+    return pd.read_parquet(out / name / "ledger.parquet").drop(columns=["state"])
 
 
 def events(out):
@@ -106,28 +105,6 @@ def test_the_same_command_again_computes_nothing(undisturbed, tiny_folder):
     pd.testing.assert_frame_equal(table(out), rows)
 
 
-def test_another_search_over_the_same_ground_replays(undisturbed, tiny_folder):
-    out, _ = undisturbed
-    total = len(computed(out))
-    text, code = run(tiny_folder, out, "--name", "again", trials=1)
-    assert code == 0 and "stages: 0 computed" in text, text
-    assert len(computed(out)) == total
-
-
-def test_killing_the_driver_loses_nothing_and_repeats_nothing(undisturbed, tiny_folder, tmp_path):
-    process = start(tiny_folder, tmp_path)
-    # in the middle of trial 1's work, after at least one of its stages is stored
-    wait_for(tmp_path, lambda es: any(e["trial"] == 1 and e["kind"] == "computed" for e in es), process)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    text, code = run(tiny_folder, tmp_path)
-    assert code == 0, text
-    assert max(computed(tmp_path).values()) == 1
-    pd.testing.assert_frame_equal(table(tmp_path), table(undisturbed[0]))
-    study = ledger.open_study(tmp_path / "quickstart")
-    assert not [t for t in study.trials if t.state.name == "RUNNING"]
-
-
 def test_ctrl_c_stops_at_the_next_stage_and_says_how_to_go_on(undisturbed, tiny_folder, tmp_path):
     process = start(tiny_folder, tmp_path)
     wait_for(tmp_path, lambda es: any(e["kind"] == "computed" for e in es), process)
@@ -138,14 +115,6 @@ def test_ctrl_c_stops_at_the_next_stage_and_says_how_to_go_on(undisturbed, tiny_
     text, code = run(tiny_folder, tmp_path)
     assert code == 0, text
     assert max(computed(tmp_path).values()) == 1
-    pd.testing.assert_frame_equal(table(tmp_path), table(undisturbed[0]))
-
-
-def test_extending_adds_trials_and_keeps_the_old_ones(undisturbed, tiny_folder, tmp_path):
-    text, code = run(tiny_folder, tmp_path, trials=1)
-    assert code == 0, text
-    text, code = run(tiny_folder, tmp_path, trials=3)
-    assert code == 0, text
     pd.testing.assert_frame_equal(table(tmp_path), table(undisturbed[0]))
 
 
@@ -166,15 +135,16 @@ def test_a_second_driver_is_locked_out(tiny_folder, tmp_path):
     assert process.returncode == 75, stopped
 
 
-def test_a_damaged_stage_is_named_and_recomputed(undisturbed, tiny_folder):
+def test_restart_moves_the_folder_aside_and_extending_keeps_the_old_trials(undisturbed, tiny_folder):
     out, _ = undisturbed
-    store = Store(out / ".stages")
-    digest = next(e["digest"] for e in events(out) if e["kind"] == "computed" and e["stage"] == "conduct")
-    path = store.path(digest)
-    path.write_bytes(path.read_bytes()[:-10])
-    text, code = run(tiny_folder, out, "--name", "damaged", trials=3)
-    assert code == 0, text
-    assert "fails its checksum" in text and "1 damaged and computed again" in text
+    total = len(computed(out))
+    (out / "old").mkdir()
+    (out / "old" / "search.json").write_text("{torn")
+    for trials, extra in ((1, ["--restart"]), (3, [])):
+        text, code = run(tiny_folder, out, "--name", "old", *extra, trials=trials)
+        assert code == 0 and "stages: 0 computed" in text, text  # the store has them from the other search
+    assert len(list(out.glob("old.*/search.json"))) == 1 and len(computed(out)) == total
+    pd.testing.assert_frame_equal(table(out, "old"), table(out))
 
 
 def test_what_interrupted_runs_leave_open_is_closed(tmp_path):
@@ -196,17 +166,6 @@ def test_what_interrupted_runs_leave_open_is_closed(tmp_path):
     assert again.suggest("a") == asked[1] and again.suggest("b") == asked[2]
     fresh = searcher.StudySearcher(optuna.create_study(directions=["maximize"] * 2), space, [0, 1, 2], {}, "tpe", 0)
     assert [fresh.suggest(str(i)) for i in range(3)] == asked
-
-
-def test_restart_moves_the_folder_aside_and_the_store_stays(undisturbed, tiny_folder):
-    out, _ = undisturbed
-    total = len(computed(out))
-    (out / "old").mkdir()
-    (out / "old" / "search.json").write_text("{torn")
-    text, code = run(tiny_folder, out, "--name", "old", "--restart", trials=1)
-    assert code == 0 and "stages: 0 computed" in text, text
-    assert len(list(out.glob("old.*/search.json"))) == 1 and (out / "old" / "front.csv").exists()
-    assert len(computed(out)) == total
 
 
 def test_picking_from_the_front(undisturbed, tmp_path):
