@@ -171,7 +171,8 @@ def main() -> None:
 def report(args: Args) -> int:
     print(environment())
     found = {}
-    for name in PARTS if args.part == "all" else [args.part]:
+    names: list[str] = [*PARTS] if args.part == "all" else [args.part]
+    for name in names:
         print(f"\n{name}")
         for curve in PARTS[name](args.small):
             found[f"{name}_{curve.name.replace(' ', '_')}"] = measure(curve, 1 if args.small else 3)
