@@ -138,14 +138,14 @@ def _random_round(student: Student, settings: HealSettings, index: int) -> Facto
 
 
 def vocabulary(small: bool) -> Iterator[Curve]:
-    """The healing loss of 256 positions and its gradient; states of SmolLM2's width."""
+    """The healing loss of 512 positions and its gradient; states of SmolLM2's width."""
     sizes = (4096, 8192) if small else (16_384, 32_768, 65_536, 131_072)
     heads = {size: torch.nn.Linear(576, size, bias=False, dtype=torch.bfloat16).requires_grad_(False) for size in sizes}
-    hidden, reference = (torch.randn(256, 576).bfloat16() for _ in range(2))
+    hidden, reference = (torch.randn(512, 576).bfloat16() for _ in range(2))
 
     def loss(size: int) -> None:
         states = hidden.clone().requires_grad_()
-        nll, kl = divergence.nll_and_kl(states, torch.arange(256), lambda h: (h @ heads[size].weight.T).float(), size,
+        nll, kl = divergence.nll_and_kl(states, torch.arange(512), lambda h: (h @ heads[size].weight.T).float(), size,
                                         reference, "kl_rev")
         assert kl is not None
         (nll.mean() + kl.square().mean().sqrt()).backward()
@@ -171,7 +171,8 @@ def main() -> None:
 def report(args: Args) -> int:
     print(environment())
     found = {}
-    for name in PARTS if args.part == "all" else [args.part]:
+    names: list[str] = [*PARTS] if args.part == "all" else [args.part]
+    for name in names:
         print(f"\n{name}")
         for curve in PARTS[name](args.small):
             found[f"{name}_{curve.name.replace(' ', '_')}"] = measure(curve, 1 if args.small else 3)

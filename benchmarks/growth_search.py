@@ -39,8 +39,6 @@ TOLD = 4  # trials that are asked for and told in one run
 BASELINES = [dict(label=label, edge_doses=dose, trait_gain=gain, trait_gain_low=gain - 0.1, trait_gain_high=gain + 0.1,
                   coherence=0.9 * kept, coherence_kept=kept, fluency_kept=1.0)
              for label, dose, gain, kept in (("base", 0, 0.0, 1.0), ("prompted", 0, 0.1, 1.0), ("steered", 1.0, 0.3, 0.9))]
-WHERE = Path(tempfile.mkdtemp(prefix="growth-"))
-atexit.register(shutil.rmtree, WHERE)
 
 
 def a_round(index: int, rng: np.random.Generator) -> dict[str, Any]:
@@ -56,13 +54,21 @@ def a_round(index: int, rng: np.random.Generator) -> dict[str, Any]:
 
 
 @cache
+def where() -> Path:
+    """A folder that goes when the program ends."""
+    root = Path(tempfile.mkdtemp(prefix="growth-"))
+    atexit.register(shutil.rmtree, root)
+    return root
+
+
+@cache
 def folders(sizes: tuple[int, ...]) -> dict[int, Path]:
     """Folders of finished searches by the rows of their ledgers; a smaller one is the beginning of a larger."""
     rng = np.random.default_rng(0)
     flat = to_flat(Settings(model="smollm2-135m-instruct"))
     search = dict(name="made", space="quickstart", model=flat["model"], overrides={}, sampler="tpe", seed=0, trials=sizes[-1],
                   identity=flat, settings=flat, created="today", versions={}, machine={})
-    grown = WHERE / "grown"
+    grown = where() / "grown"
     (grown / "events").mkdir(parents=True)
     (grown / "search.json").write_text(json.dumps(search))
     study = ledger.create_study(grown)
@@ -79,7 +85,7 @@ def folders(sizes: tuple[int, ...]) -> dict[int, Path]:
                         events.write(json.dumps(at | dict(kind=kind, digest=f"{trial}-{i}")) + "\n")
                 trial += 1
             events.flush()
-            out[size] = Path(shutil.copytree(grown, WHERE / str(size)))
+            out[size] = Path(shutil.copytree(grown, where() / str(size)))
             ledger.write(ledger.create_study(out[size]), out[size])
     return out
 
@@ -116,7 +122,7 @@ def trials(small: bool) -> Iterator[Curve]:
     """Four trials asked for and told in a study of so many, and whole searches of so many."""
     sizes = _sizes(small)
     counts = tuple(size // ROUNDS for size in sizes)
-    copies = [Path(shutil.copytree(folders(sizes)[size], WHERE / f"asked-{size}")) for size in sizes]
+    copies = [Path(shutil.copytree(folders(sizes)[size], where() / f"asked-{size}")) for size in sizes]
     studies = {count: ledger.create_study(copy) for count, copy in zip(counts, copies)}
     fresh = iter(range(10**6, 10**9))
     for sampler in ("random", "tpe"):
@@ -128,7 +134,7 @@ def trials(small: bool) -> Iterator[Curve]:
 
     def search(count: int) -> None:
         """As the driver does it."""
-        folder = Path(tempfile.mkdtemp(dir=WHERE)) / "made"
+        folder = Path(tempfile.mkdtemp(dir=where())) / "made"
         shutil.copytree(folders(sizes)[sizes[0]], folder, ignore=shutil.ignore_patterns("study*", "events"))
         study = ledger.create_study(folder)
         study.set_user_attr("baselines", BASELINES)
@@ -180,7 +186,7 @@ def _peak(folder: Path) -> float:
 def store(small: bool) -> Iterator[Curve]:
     """A hundred results read, and twenty new ones written, in a store that holds so many."""
     sizes = (100, 200) if small else (1000, 8000, 64_000)
-    roots = {size: Path(tempfile.mkdtemp(prefix="steerheal-store-")) for size in sizes}
+    roots = {size: Path(tempfile.mkdtemp(dir=where())) for size in sizes}
     digests = {}
     for size, root in roots.items():
         rng, kept = np.random.default_rng(0), stages.Store(root)
@@ -202,5 +208,3 @@ def store(small: bool) -> Iterator[Curve]:
 
     yield Curve("look up 100", read, sizes)
     yield Curve("compute 20", write, sizes)
-    for root in roots.values():
-        shutil.rmtree(root)
