@@ -8,6 +8,7 @@ folded `history` and the `round` in training. A merged form may generate (it is 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import math
 import warnings
@@ -34,6 +35,15 @@ def fold(rounds: Sequence[Factors]) -> Factors:
 
 def to_tensors(factors: Factors) -> dict[str, Tensor]:
     return {f"{path}.{name}": t for path, pair in factors.items() for name, t in zip("AB", pair)}
+
+
+def bits(factors: Factors) -> str:
+    """SHA-256 over a round's factors: equal for adapters that are equal to the bit."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(to_tensors(factors).items()):
+        digest.update(f"{name} {list(tensor.shape)} ".encode())
+        digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def from_tensors(tensors: dict[str, Tensor]) -> Factors:

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from steerheal import calibration, chat, dosing, filtering, healing, objectives, steering
+from steerheal import calibration, chat, dosing, filtering, healing, objectives, personas, steering
 from steerheal.errors import Starved, UserError
 from steerheal.evaluation.readings import Reading, mean
 from steerheal.models import LM
@@ -64,7 +64,7 @@ class Round:
     details: dict[str, Any]
 
     def row(self) -> dict[str, Any]:
-        return self.outcome.row() | self.details | dict(adapter=self.chain[-1], chain=list(self.chain))
+        return self.outcome.row() | self.details | dict(chain=list(self.chain))
 
 
 @dataclass
@@ -155,7 +155,8 @@ class HealLoop:
             val_nll_last=healed.record["val_nll"][-1], train_nll=healed.record["train_nll"][-1],
             pressure=_mean([row["pressure"] for row in healed.record["steps"] if "pressure" in row]),
             **after.columns(), **{f"steered_{k}": v for k, v in steered.columns().items()},
-            draws=collected.draws, stages=after.stages, diary_steered=steered_diary, diary_healed=healed_diary)
+            adapter=personas.texts_digest(bench.identity(after_chain)), draws=collected.draws,
+            stages=after.stages, diary_steered=steered_diary, diary_healed=healed_diary)
         return Round(outcome, after_chain, details), after
 
     # ------------------------------------------------------------ baselines

@@ -2,7 +2,8 @@
 
 A workbench holds one model and makes it the student that a stage asks for, but only where that stage is not in the
 store yet. What a stage reads is named in its inputs as effective values: raw doses and never alpha, lam_r and never lam,
-the chain of folded adapters and never a path.
+the folded adapters by their bits and never by the settings that trained them. So two trials whose healing came to the same
+adapter (a tau that never binds, or that binds the same completions) share everything from there on.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from steerheal.evaluation import conduct, fluency, foundations
 from steerheal.evaluation.readings import Reading
 from steerheal.forward import token_logps
 from steerheal.generation import Completion, Sampling, generate, greedy
-from steerheal.history import Student, from_tensors, to_tensors
+from steerheal.history import Student, bits, from_tensors, to_tensors
 from steerheal.models import LM
 from steerheal.settings import Settings
 from steerheal.stages import Result, Store
@@ -51,6 +52,7 @@ class Workbench:
         self.student = Student(lm)
         self.loaded: Chain = ()
         self._vectors: dict[Chain, tuple[Steers, str]] = {}
+        self._bits: dict[str, str] = {}  # digest of a heal stage -> hash of its factors
         evaluate = settings.evaluate
         self.vignettes = personas.vignettes(evaluate.items, evaluate.n_items)
         self.conduct = self.persona.conduct[: evaluate.n_conduct]
@@ -76,7 +78,14 @@ class Workbench:
             self._be(chain)
             return compute()
 
-        return self.store.stage(stage, dict(model=self.lm.digest, student=list(chain), **inputs), run)
+        return self.store.stage(stage, dict(model=self.lm.digest, student=self.identity(chain), **inputs), run)
+
+    def identity(self, chain: Chain) -> list[str]:
+        """The hash of each folded adapter's factors: equal for equal students."""
+        for digest in chain:
+            if digest not in self._bits:
+                self._bits[digest] = self.stored(digest).record["bits"]
+        return [self._bits[digest] for digest in chain]
 
     # ------------------------------------------------------------ vectors and doses
 
@@ -204,7 +213,8 @@ class Workbench:
         def compute() -> Result:
             ids = [chat.prompt(self.lm.tokenizer, p) for p in prompts]
             vector, dose = (steering.vector, steering.dose) if steering else (None, 0.0)
-            drawn = generate(self.lm, ids, greedy(tokens), vector=vector, doses=[dose] * len(ids))
+            with self.student.merged():
+                drawn = generate(self.lm, ids, greedy(tokens), vector=vector, doses=[dose] * len(ids))
             return Result(dict(prompts=prompts, texts=[self.lm.text(c.ids) for c in drawn]))
 
         return self._stage("diary", chain, inputs, compute).digest
@@ -220,13 +230,15 @@ class Workbench:
                       batch=h.batch, weight_decay=h.weight_decay, spectral_lam=h.spectral_lam,
                       early_stop=h.early_stop)
         if h.barrier != "nll":  # without a barrier these are read by nothing
-            inputs |= dict(lam=lam, tau=h.tau, aggregate=h.aggregate, ref=list(chain) if h.ref == "prev" else [])
+            inputs |= dict(lam=lam, tau=h.tau, aggregate=h.aggregate, ref=self.identity(chain) if h.ref == "prev" else [])
 
         def compute() -> Result:
             factors, record = healing.heal(self.student, samples, h, lam, self.settings.seed, r)
-            return Result(record, to_tensors(factors))
+            return Result(record | dict(bits=bits(factors)), to_tensors(factors))
 
-        return self._stage("heal", chain, inputs, compute)
+        found = self._stage("heal", chain, inputs, compute)
+        self._bits[found.digest] = found.record["bits"]
+        return found
 
     # ------------------------------------------------------------ readouts
 
@@ -252,8 +264,12 @@ class Workbench:
             self.student, e.n_fluency, e.fluency_tokens, self.settings.filter.repetition_gate, gates, **how))
         items = personas.vignettes(e.items, N_FREE)
         inputs = state | dict(items=_identify(items), shots=e.shots, think=e.think_tokens)
-        answers = self._stage("free_answers", chain, inputs, lambda: foundations.free_answers(
-            self.lm, items, n_shots=e.shots, think_tokens=e.think_tokens, **how))
+
+        def answer() -> Result:
+            with self.student.merged():
+                return foundations.free_answers(self.lm, items, n_shots=e.shots, think_tokens=e.think_tokens, **how)
+
+        answers = self._stage("free_answers", chain, inputs, answer)
         return Reading.of(found, acts, fluent, answers)
 
     def foundations(self, chain: Chain, steering: Steering | None, system: str = chat.NEUTRAL) -> Result:

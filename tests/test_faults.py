@@ -65,7 +65,7 @@ def expected(tiny_folder, tmp_path_factory):
     flat = quickstart.BASE | TINY | {"model": str(tiny_folder)}
     store = Store(tmp_path_factory.mktemp("expected"))
     lm = models.load(from_flat(flat))
-    return {(i, round_.outcome.round): (round_.outcome.trait_gain, round_.outcome.coherence_kept, round_.chain[-1])
+    return {(i, round_.outcome.round): (round_.outcome.trait_gain, round_.outcome.coherence_kept, round_.details["adapter"])
             for i in range(3)
             for round_ in HealLoop(from_flat(flat | asked.suggest(str(i))["params"]), lm, store).rounds()}
 

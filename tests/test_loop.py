@@ -61,6 +61,18 @@ def test_trials_share_what_they_have_in_common(first):
     assert computed(events)[0][0] == "heal" and len([s for s, _ in computed(events) if s == "heal"]) == 1
 
 
+def test_adapters_that_are_equal_to_the_bit_share_everything_that_follows(first):
+    """Two taus that never bind train the same adapter: after healing there is nothing new in either round."""
+    store, _ = first
+    _, one, _ = run(store, **{"heal.tau": 50.0})
+    _, other, events = run(store, **{"heal.tau": 60.0})
+    assert [stage for stage, _ in computed(events)] == ["heal"] * len(other)
+    assert [r.details["adapter"] for r in one] == [r.details["adapter"] for r in other]
+    assert all(a.chain != b.chain and a.outcome == b.outcome for a, b in zip(one, other))
+    _, bound, _ = run(store, rounds=1, **{"heal.tau": 0.0})
+    assert bound[0].details["adapter"] != one[0].details["adapter"]
+
+
 def test_prev_and_base_are_one_in_round_zero(first):
     _, _, events = run(first[0], **{"heal.ref": "base", "rounds": 1})
     assert computed(events) == []
