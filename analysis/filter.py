@@ -73,7 +73,8 @@ def wilson(successes: int, n: int, z: float = 1.96) -> tuple[float, float]:
     """Wilson's 95% interval of a share (1927): inside [0, 1] and sensible at 0 and 1."""
     p = successes / n
     middle, spread = (p + z * z / (2 * n)), z * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
-    return max((middle - spread) / (1 + z * z / n), 0.0), min((middle + spread) / (1 + z * z / n), 1.0)  # but for rounding
+    low, high = (middle - spread) / (1 + z * z / n), (middle + spread) / (1 + z * z / n)
+    return min(low, p), max(high, p)  # at 0 and 1 rounding may leave the share outside
 
 
 def draw(d: Data) -> plt.Figure:
@@ -95,7 +96,7 @@ def draw(d: Data) -> plt.Figure:
                   f"than under base")
     above.annotate(words, (0, 1), (0, 5), xycoords="axes fraction", textcoords="offset points", fontsize=style.SMALL,
                    color=style.DARK)
-    above.errorbar(s["dose"], s["kept"], yerr=[(s["kept"] - s["low"]).clip(0), (s["high"] - s["kept"]).clip(0)], color=style.BLUE, fmt="o-",
+    above.errorbar(s["dose"], s["kept"], yerr=[s["kept"] - s["low"], s["high"] - s["kept"]], color=style.BLUE, fmt="o-",
                    markersize=5, linewidth=1.3, elinewidth=0.9)
     for _, row in s.iterrows():
         above.annotate(f"{row['n']:.0f}", (row["dose"], 0), (0, 3), textcoords="offset points", ha="center",
