@@ -83,7 +83,8 @@ def draw(d: Data) -> plt.Figure:
     heights = [2.1] * len(d.params) + [0.7 + 0.35 * len(d.importance)]
     figure = plt.figure(figsize=(style.WIDTH, 0.8 + sum(heights)), layout="constrained")
     grey = "" if d.rounds["deliverable"].all() else "; grey: not deliverable"
-    figure.suptitle(f"{d.name}: each searched setting\nevery round a point; darker: later round{grey}", fontweight="bold",
+    inert = "; ×: inert barrier" if d.rounds["duty"].eq(0).any() else ""
+    figure.suptitle(f"{d.name}: each searched setting\nevery round a point; darker: later round{inert}{grey}", fontweight="bold",
                     fontsize=11.5, ha="left", x=0.02)
     grid = figure.add_gridspec(len(heights), 3, height_ratios=heights)
     for row, param in enumerate(d.params):
@@ -117,8 +118,6 @@ def _draw_panel(axes: plt.Axes, d: Data, param: str, value: str) -> None:
                                  ("x", style.ORANGE, rounds["deliverable"] & inert),
                                  ("x", style.GREY, ~rounds["deliverable"] & inert)):
         style.scatter(axes, x[rows], rounds.loc[rows, value], color=colour, marker=marker, s=24, zorder=4)
-    if value == "duty" and inert.any():
-        style.note(axes, "× inert barrier", "left", 0.1)
 
 
 def _positions(axes: plt.Axes, values: pd.Series, rounds: pd.Series) -> np.ndarray:
