@@ -84,8 +84,8 @@ def draw(d: Data) -> plt.Figure:
     figure = plt.figure(figsize=(style.WIDTH, 0.8 + sum(heights)), layout="constrained")
     grey = "" if d.rounds["deliverable"].all() else "; grey: not deliverable"
     inert = "; ×: inert barrier" if d.rounds["duty"].eq(0).any() else ""
-    figure.suptitle(f"{d.name}: each searched setting\nevery round a point; darker: later round{inert}{grey}", fontweight="bold",
-                    fontsize=11.5, ha="left", x=0.02)
+    figure.suptitle(f"{d.name}: each searched setting\nevery round a point; darker: later round{inert}{grey}",
+                    fontweight="bold", fontsize=11.5, ha="left", x=0.02)
     grid = figure.add_gridspec(len(heights), 3, height_ratios=heights)
     for row, param in enumerate(d.params):
         for column, (value, label) in enumerate(PANELS.items()):
