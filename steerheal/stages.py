@@ -30,8 +30,8 @@ MAGIC = "steerheal-stage/1"
 # A stage's version is part of its digest. Raise it when the stage's code changes what it computes;
 # tests/test_stage_versions.py reminds you.
 VERSIONS = {
-    "vector": 2, "states": 1, "kl_dose": 1, "completions": 3, "scores": 2, "log_ratio": 1, "diary": 2, "heal": 4,
-    "foundations": 3, "conduct": 1, "fluency": 4, "free_answers": 2,
+    "vector": 2, "states": 1, "kl_dose": 1, "completions": 4, "scores": 2, "log_ratio": 1, "diary": 3, "heal": 4,
+    "foundations": 4, "conduct": 1, "fluency": 5, "free_answers": 3,
 }
 
 
