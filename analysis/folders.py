@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,6 +82,18 @@ def read(folder: Path) -> Search:
 
 def count(n: int, noun: str) -> str:
     return f"{n} {noun}" + "s" * (n != 1)
+
+
+def words(doc: str | None, say: Callable[[Path], str]) -> None:
+    """Run a module that prints text about one folder, its only argument, as a command."""
+    def action() -> int:
+        if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
+            print((doc or "").strip())
+            return 0 if sys.argv[1:] in (["--help"], ["-h"]) else 2
+        print(say(Path(sys.argv[1])))
+        return 0
+
+    run_main(action)
 
 
 def command(draw: Callable[..., Path], name: str, doc: str) -> None:

@@ -8,14 +8,12 @@ many, which flatters it; fresh run seeds (`--confirm`, `python -m analysis.noise
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pandas as pd
 
-from analysis.folders import Search, read
+from analysis.folders import Search, read, words
 from steerheal import personas
-from steerheal.cli import run_main
 from steerheal.evaluation.readings import Estimate, Reading
 from steerheal.objectives import COHERENCE_FLOOR, FLUENCY_FLOOR, choose_trait
 from steerheal.stages import Store
@@ -34,7 +32,8 @@ def table(search: Search) -> pd.DataFrame:
     base = _reading(store, search.base["stages"])
     if base is None:
         return pd.DataFrame(columns=COLUMNS)
-    trait, _ = choose_trait(personas.load(search.settings["persona"]), search.settings["evaluate.trait"], base)
+    settings = search.settings
+    trait, _ = choose_trait(personas.load(settings["persona"]), settings["evaluate.trait"], base)
     able = search.rounds[search.rounds["deliverable"]]
     rungs = search.baselines[(search.baselines["coherence_kept"] >= COHERENCE_FLOOR)
                              & (search.baselines["fluency_kept"] >= FLUENCY_FLOOR) & (search.baselines["label"] != "base")]
@@ -71,23 +70,16 @@ def sentences(rows: pd.DataFrame) -> list[str]:
 
 def _reading(store: Store, stages: str) -> Reading | None:
     found = {name: store.load(digest) for name, digest in json.loads(stages).items()}
-    foundations, conduct = found["foundations"], found["conduct"]
+    foundations, conduct = found.get("foundations"), found.get("conduct")
     return Reading.of(foundations, conduct) if foundations and conduct else None
 
 
-def main() -> None:
-    def action() -> int:
-        if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
-            print(__doc__.strip())
-            return 0 if sys.argv[1:] in (["--help"], ["-h"]) else 2
-        search = read(Path(sys.argv[1]))
-        rows = table(search)
-        rows.to_csv(search.folder / "versus.csv", index=False)
-        print("\n".join(sentences(rows)) or "The stages of the baselines are no longer in the store.")
-        return 0
-
-    run_main(action)
+def say(folder: Path) -> str:
+    search = read(folder)
+    rows = table(search)
+    rows.to_csv(folder / "versus.csv", index=False)
+    return "\n".join(sentences(rows)) or "The stages of the baselines are no longer in the store."
 
 
 if __name__ == "__main__":
-    main()
+    words(__doc__, say)

@@ -5,25 +5,16 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
-from steerheal.cli import run_main
+from analysis.folders import words
 from steerheal.waste import table, text
 
 
-def main() -> None:
-    def action() -> int:
-        if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
-            print(__doc__.strip())
-            return 0 if sys.argv[1:] in (["--help"], ["-h"]) else 2
-        folder = Path(sys.argv[1])
-        print(text(folder))
-        table(folder).to_csv(folder / "waste.csv", index=False)
-        return 0
-
-    run_main(action)
+def say(folder: Path) -> str:
+    table(folder).to_csv(folder / "waste.csv", index=False)
+    return text(folder)
 
 
 if __name__ == "__main__":
-    main()
+    words(__doc__, say)

@@ -37,7 +37,7 @@ ROUNDS = 4  # of each trial
 EVENTS = 12  # stages of a round
 TOLD = 4  # trials that are asked for and told in one run
 BASELINES = [dict(label=label, edge_doses=dose, trait_gain=gain, trait_gain_low=gain - 0.1, trait_gain_high=gain + 0.1,
-                  coherence=0.9 * kept, coherence_kept=kept, fluency_kept=1.0)
+                  coherence=0.9 * kept, coherence_kept=kept, fluency_kept=1.0, stages="{}")
              for label, dose, gain, kept in (("base", 0, 0.0, 1.0), ("prompted", 0, 0.1, 1.0), ("steered", 1.0, 0.3, 0.9))]
 
 
@@ -45,9 +45,9 @@ def a_round(index: int, rng: np.random.Generator) -> dict[str, Any]:
     """A row about as wide and as long as a real one: 130 columns, 6 kB of JSON."""
     gain, kept = float(rng.normal(0.1 * index, 0.2)), min(1.0, float(rng.normal(0.97 - 0.03 * index, 0.03)))
     numbers = rng.normal(size=91).tolist()
-    row = objectives.Outcome(index, "conduct_nats", gain, gain - 0.1, gain + 0.1, *numbers[:9], 0.9, kept, 0.88, 0.92, 0.9,
-                             1.0, 0.85 - kept, "heal" if kept >= 0.85 else "broken", "", 0.5, 0.1).row()
-    digests = {name: rng.bytes(32).hex() for name in ("adapter", "vector", "diary_steered", "diary_healed")}
+    row = objectives.Outcome(index, "conduct_nats", gain, gain - 0.1, gain + 0.1, *numbers[:9], kept, 0.9, 1.0,
+                             0.85 - kept, "heal" if kept >= 0.85 else "broken", "", 0.5, 0.1).row()
+    digests = {name: rng.bytes(32).hex() for name in ("adapter", "diary_steered", "diary_healed")}
     draws = [dict(kind="batch", kappa=1.0, completions=rng.bytes(32).hex(), scores=rng.bytes(32).hex(), reasons=[""] * 48)] * 3
     return row | digests | {f"readout_{i}": x for i, x in enumerate(numbers)} | dict(
         draws=draws, chain=[rng.bytes(32).hex()] * (index + 1), warning="the barrier never fired " * 6, edge=4.0, duty=0.2)

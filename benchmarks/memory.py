@@ -100,7 +100,7 @@ def compare(lm: models.LM, s: Settings, prompt: int, rows: int, samples: int) ->
     lm.__dict__["eos_ids"] = frozenset()
     with Measured(lm) as m:
         generate(lm, [row[i % 2 : prompt] for i, row in enumerate(ids[:rows])], Sampling(new), seeds=range(rows))
-    out["generate"] = memory.generating(shape, rows, prompt, new, lm.device.type), m.bytes
+    out["generate"] = memory.generating(shape, rows, prompt, new), m.bytes
     with Measured(lm) as m:
         token_logps(lm, [row[:prompt] for row in ids[:1]], [row[prompt:] for row in ids[:1]])
     out["filter"] = max(memory.scoring(shape, new), shape.forward(prompt + new)), m.bytes

@@ -64,7 +64,7 @@ def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, atte
     """Attention in the form of transformers' interface.
 
     Args:
-        query: [rows, heads, queries, d]; key, value: [rows, key-value heads, places, d], float32 or as the query.
+        query: [rows, heads, queries, d]; key, value: [rows, key-value heads, places, d].
         attention_mask: boolean [rows, 1, queries, places], True where a place is seen; None for causal.
 
     Returns:
@@ -74,7 +74,6 @@ def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, atte
     groups, places = key.shape[1:3]
     here = (n == 1 or query.requires_grad) and rows * heads * n * places <= SCORES
     if not here or (attention_mask is not None and attention_mask.dtype != torch.bool):
-        key, value = key.to(query.dtype), value.to(query.dtype)
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
     if attention_mask is None and n > 1:
         attention_mask = torch.ones(n, places, dtype=torch.bool).tril(places - n)[None, None]

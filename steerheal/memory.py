@@ -99,12 +99,12 @@ def shape_of(config: Any, dtype: str = "bfloat16", quantise: str = "none", atten
         bytes=2 if dtype == "bfloat16" else 4, quantised=quantise != "none")
 
 
-def generating(m: Shape, rows: int, prompt: int, new: int, device: str) -> float:
-    """Sampling `new` tokens in `rows` rows, beside the weights. A CPU keeps keys and values in float32."""
+def generating(m: Shape, rows: int, prompt: int, new: int) -> float:
+    """Sampling `new` tokens in `rows` rows, beside the weights."""
     length = prompt + new
     repeated = 2.0 * rows * m.queries * length * m.bytes + rows * m.keys * length * m.bytes  # one layer, while it attends
     logits = rows * m.vocabulary * (10.0 if m.bytes == 2 else 8.0)  # this step's in both dtypes, and the last step's
-    return m.cache(rows, length) * (4 / m.bytes if device == "cpu" else 1) + max(repeated, logits)
+    return m.cache(rows, length) + max(repeated, logits)
 
 
 def merging(m: Shape, s: Settings) -> float:
@@ -159,13 +159,12 @@ def stages(m: Shape, s: Settings, device: str) -> dict[str, float]:
     held = m.weights + (s.rounds - 1) * m.adapter(s) + (OVERHEAD if device == "cuda" else 0)
     pack = m.forward(PACK_TOKENS[device]) + 2.0 * PACK_TOKENS[device] ** 2 * 2 * m.bytes
     thinkers = max(TOKENS // (3 * PROMPT + e.think_tokens), 1)
-    thinking = generating(m, thinkers, 3 * PROMPT, e.think_tokens, device) + 8.0 * thinkers * m.vocabulary
-    think = thinking if e.think_tokens else 0.0
+    think = generating(m, thinkers, 3 * PROMPT, e.think_tokens) + 8.0 * thinkers * m.vocabulary if e.think_tokens else 0.0
     rows = g.prompts * len(g.doses)
     return {
         "weights": m.weights,
-        "generate": held + merging(m, s) + generating(m, rows, PROMPT, g.max_new_tokens, device),
+        "generate": held + merging(m, s) + generating(m, rows, PROMPT, g.max_new_tokens),
         "filter": held + max(scoring(m, LOGIT_ROWS), pack),
         "heal": held + healing(m, s, g.n_keep, PROMPT, g.max_new_tokens, device),
-        "evaluate": held + max(think, pack, merging(m, s) + generating(m, e.n_fluency, PROMPT, e.fluency_tokens, device)),
+        "evaluate": held + max(think, pack, merging(m, s) + generating(m, e.n_fluency, PROMPT, e.fluency_tokens)),
     }

@@ -30,9 +30,8 @@ class Room(DynamicLayer):
     def __init__(self, like: Tensor, rows: int, places: int, taken: int) -> None:
         super().__init__()
         shape = (rows, like.shape[1], places, like.shape[3])
-        # on a CPU as its attention reads them; zeros, because a masked place still enters the product, and 0 x NaN is NaN
-        dtype = torch.float32 if like.device.type == "cpu" else like.dtype
-        self.room = like.new_zeros(shape, dtype=dtype), like.new_zeros(shape, dtype=dtype)
+        # zeros, because a masked place still enters the product with the values, and 0 x NaN is NaN
+        self.room = like.new_zeros(shape), like.new_zeros(shape)
         self.taken = taken
         self.dtype, self.device, self.is_initialized = like.dtype, like.device, True
         self._show()
@@ -97,5 +96,5 @@ def prefill(lm: LM, prompts: Sequence[list[int]], room: int, dial: Dial, doses: 
             source = torch.tensor(nodes, device=lm.device)
             for layer, (keys, values, _) in zip(layers, tree):
                 for to, seen in zip(layer.room, (keys, values)):
-                    to[at] = seen[0, :, source].transpose(0, 1).to(to.dtype)
+                    to[at] = seen[0, :, source].transpose(0, 1)
     return Prompts(states, Cache(layers=list(layers)), mask)

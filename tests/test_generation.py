@@ -101,6 +101,15 @@ def test_a_shared_beginning_is_run_once_and_changes_nothing(any_lm):
     assert sizes[:4] == [(1, 40), (1, rest)] * 2  # once under each dose
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+def test_eager_attention_decodes_too(dtype):
+    lm = make_lm(dtype=dtype)
+    fused = generate(lm, PROMPTS, greedy(12))
+    lm.model.set_attn_implementation("eager")
+    eager = generate(lm, PROMPTS, greedy(12))
+    assert eager == fused if dtype == torch.float32 else len(eager) == len(fused)
+
+
 @torch.no_grad()
 def test_the_dose_halves_along_the_completion(lm):
     """Token by token with a full forward pass, each token's states steered by the dose of its own step."""
