@@ -48,8 +48,9 @@ def run_packs(lm: LM, sequences: Sequence[list[int]], keep: int | None = None,
             behind it the pack's nodes.
 
     Yields:
-        (pack, prefix length, final hidden states [n, d] of the pack's nodes). Forward hooks on blocks see the pack's
-        nodes as one row; the shared prefix passes through the blocks in a call of its own, before the first pack.
+        (pack, prefix length, final hidden states [1, n, d] of the pack's nodes). Forward hooks on blocks see the pack's
+        nodes as one row; the shared prefix passes through the blocks in a call of its own, before the first pack. Where
+        a hook makes several rows of one, as under several doses, the states have that many.
     """
     last = min(map(len, sequences)) - 1
     shared = min(common_prefix(min(sequences), max(sequences)), last if keep is None else keep)
@@ -62,7 +63,7 @@ def run_packs(lm: LM, sequences: Sequence[list[int]], keep: int | None = None,
         pack = Pack(pack.ids.to(lm.device), pack.depth.to(lm.device), pack.end.to(lm.device), pack.paths)
         out = lm.decoder(input_ids=pack.ids[None], position_ids=pack.depth[None], attention_mask=_masks(lm, pack, shared),
                          past_key_values=cache, use_cache=cache is not None)
-        yield pack, shared, out.last_hidden_state[0]
+        yield pack, shared, out.last_hidden_state
         if cache is not None:
             cache.crop(-len(pack.ids))
 
@@ -81,7 +82,7 @@ def hidden_states(lm: LM, sequences: Sequence[list[int]], first: Sequence[int]) 
         return
     for pack, shared, states in run_packs(lm, sequences, keep=min(first)):
         for i, path in pack.paths.items():
-            yield i, states[path[first[i] - shared :].to(states.device)]
+            yield i, states[0, path[first[i] - shared :].to(states.device)]
 
 
 def token_logps(lm: LM, prompts: Sequence[list[int]], replies: Sequence[list[int]]) -> list[Tensor]:

@@ -1,6 +1,7 @@
 """Prompts into a key-value cache, with room behind them for what is generated.
 
 The prompts run as a token tree (`forward.py`): what they share is computed once, under each dose, and nothing is padded.
+Prompts that are asked for under several doses run as one row up to the first steered block, which no dose has touched.
 Then every row gets places of its own, its prompt at the right end, so that all rows go on at the same place. A step of
 the decode loop writes into the room; nothing is copied as rows grow.
 """
@@ -75,26 +76,40 @@ def prefill(lm: LM, prompts: Sequence[list[int]], room: int, dial: Dial, doses: 
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=lm.device)
     states = torch.empty(0)
     layers: list[Room] = []
-    for dose in sorted(set(doses)):
-        dial.dose = torch.tensor([dose], dtype=torch.float32, device=lm.device)
-        members = [i for i, d in enumerate(doses) if d == dose]
+    for together in _together(prompts, doses) if dial.spreads else [[dose] for dose in sorted(set(doses))]:
+        dial.dose = torch.tensor(together, dtype=torch.float32, device=lm.device)
+        members = [i for i, dose in enumerate(doses) if dose in together]
         tree = DynamicCache()
         for pack, shared, out in run_packs(lm, [prompts[i] for i in members], cache=tree):
             if not layers:
-                states = out.new_empty(len(prompts), out.shape[1])
+                states = out.new_empty(len(prompts), out.shape[-1])
                 layers = [Room(keys, len(prompts), width + room, width) for keys, _, _ in tree]
             rows: list[int] = []
             places: list[int] = []
+            under: list[int] = []
             nodes: list[int] = []
             for i, path in pack.paths.items():
                 row, n = members[i], shared + len(path)
-                states[row] = out[path[-1]]
+                dose = together.index(doses[row])
+                states[row] = out[dose, path[-1]]
                 rows += [row] * n
+                under += [dose] * n
                 places += range(width - n, width)
                 nodes += [*range(shared), *(shared + path).tolist()]
             at = torch.tensor(rows, device=lm.device), slice(None), torch.tensor(places, device=lm.device)
-            source = torch.tensor(nodes, device=lm.device)
+            dose_of, node_of = torch.tensor(under, device=lm.device), torch.tensor(nodes, device=lm.device)
             for layer, (keys, values, _) in zip(layers, tree):
                 for to, seen in zip(layer.room, (keys, values)):
-                    to[at] = seen[0, :, source].transpose(0, 1)
+                    to[at] = seen[dose_of % len(seen), :, node_of]  # one row below the steered blocks
     return Prompts(states, Cache(layers=list(layers)), mask)
+
+
+def _together(prompts: Sequence[list[int]], doses: Sequence[float]) -> list[list[float]]:
+    """The doses, those with the same prompts in one list."""
+    asked: dict[float, set[tuple[int, ...]]] = {}
+    for prompt, dose in zip(prompts, doses):
+        asked.setdefault(dose, set()).add(tuple(prompt))
+    out: dict[frozenset[tuple[int, ...]], list[float]] = {}
+    for dose in sorted(asked):
+        out.setdefault(frozenset(asked[dose]), []).append(dose)
+    return list(out.values())

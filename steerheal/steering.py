@@ -33,9 +33,14 @@ METHODS = ("mean_diff", "cosine_gated")
 
 @dataclass
 class Dial:
-    """The doses now in force, one per row of the running batch, or one for all rows. [rows] or []"""
+    """The doses now in force, one per row of the running batch, or one for all rows. [rows] or []
+
+    spreads: whether a batch of one row under several doses comes out as one row per dose; the blocks before the first
+    steered output then run once for all of them.
+    """
 
     dose: Tensor
+    spreads: bool = False
 
 
 class Steers(Protocol):
@@ -143,7 +148,7 @@ def steered(lm: LM, vector: Steers | None, dose: float | Tensor = 0.0) -> Iterat
         vector: None leaves the model alone.
         dose: one number, or a tensor [rows]; the caller may reassign `dial.dose` as rows leave the batch.
     """
-    dial = Dial(torch.as_tensor(dose, dtype=torch.float32, device=lm.device))
+    dial = Dial(torch.as_tensor(dose, dtype=torch.float32, device=lm.device), spreads=isinstance(vector, Vector))
     handles = vector.attach(lm, dial) if vector else []
     try:
         yield dial

@@ -89,16 +89,30 @@ LONG = [[*range(40), *tail] for tail in ([1, 2, 3], [7], [9, 9, 9, 9, 9, 9], lis
 
 @torch.no_grad()
 def test_a_shared_beginning_is_run_once_and_changes_nothing(any_lm):
-    sizes = []
-    handle = any_lm.decoder.register_forward_pre_hook(lambda m, a, kw: sizes.append(kw["input_ids"].shape), with_kwargs=True)
+    sizes, rows = [], [[], []]
+    handles = [any_lm.decoder.register_forward_pre_hook(lambda m, a, kw: sizes.append(kw["input_ids"].shape),
+                                                        with_kwargs=True),
+               any_lm.blocks[1].register_forward_pre_hook(lambda m, a: rows[0].append(len(a[0]))),
+               any_lm.blocks[2].register_forward_pre_hook(lambda m, a: rows[1].append(len(a[0])))]
     v = Vector({1: torch.randn(32, generator=torch.Generator().manual_seed(0))})
     doses = [0.5, 3.0] * 4
     together = generate(any_lm, [p for p in LONG for _ in range(2)], greedy(12), vector=v, doses=doses)
-    handle.remove()
+    for handle in handles:
+        handle.remove()
     for prompt, dose, got in zip([p for p in LONG for _ in range(2)], doses, together):
         assert generate(any_lm, [prompt], greedy(12), vector=v, doses=[dose])[0] == got
     rest = sum(len(p) - 40 for p in LONG)
-    assert sizes[:4] == [(1, 40), (1, rest)] * 2  # once under each dose
+    assert sizes[:3] == [(1, 40), (1, rest), (8, 1)]
+    assert rows[0][:3] == [1, 1, 8] and rows[1][:3] == [2, 2, 8]  # once under each dose, from the steered block on
+
+
+def test_doses_with_prompts_of_their_own(any_lm):
+    """One dose shares its prompts with another, a third has others: nothing is run under a dose that did not ask for it."""
+    v = Vector({1: 3 * torch.randn(32, generator=torch.Generator().manual_seed(0))})
+    rows = [(PROMPTS[1], 1.0), (PROMPTS[4], 2.0), (PROMPTS[1], 5.0), (PROMPTS[2], 2.0), (PROMPTS[1], 1.0)]
+    got = generate(any_lm, [p for p, _ in rows], greedy(10), vector=v, doses=[d for _, d in rows])
+    for (prompt, dose), one in zip(rows, got):
+        assert generate(any_lm, [prompt], greedy(10), vector=v, doses=[dose])[0] == one
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
