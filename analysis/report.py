@@ -50,7 +50,7 @@ COLUMNS = {
     "step_gain": ("gain of the round", "+.3f"), "steered_gain": ("gain steered", "+.3f"),
     "steered_coherence_kept": ("coherence steered", ".3f"), "retain": ("retained", ".2f"),
     "coh_cost": ("coherence per nat", ".3f"), "duty": ("duty cycle", ".2f"), "kappa": ("kappa", ".2f"),
-    "top_dose": ("top dose", ".2f"), "survival": ("survival", ".2f"), "n_kept": ("kept", "d"),
+    "top_dose": ("top dose", ".2f"), "survival": ("survival", ".2f"), "n_kept": ("kept", ".0f"),
     "val_nll_last": ("validation NLL", ".3f"), "authority_nats": ("authority, nats", "+.3f"),
     "care_nats": ("care, nats", "+.3f"), "conduct_nats": ("conduct, nats", "+.3f"),
     "control_nats": ("control, nats", "+.3f"), "state": ("trial", ""), "end": ("end", ""),
@@ -205,7 +205,7 @@ def round_table(rows: pd.DataFrame, columns: int) -> Table:
     heads = ["trial", "round", *params, *(COLUMNS[name][0] for name in names)]
     out = []
     for _, row in rows.iterrows():
-        cells = [number(row["trial"], "d"), number(row["round"], "d"), *(number(row[p], ".3g") for p in params)]
+        cells = [number(row["trial"], ".0f"), number(row["round"], ".0f"), *(number(row[p], ".3g") for p in params)]
         for name in names:
             cell = number(row[name], COLUMNS[name][1])
             cells.append(Cell(interval(row), cell.value) if name == "trait_gain" else cell)

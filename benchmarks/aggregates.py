@@ -7,11 +7,13 @@ shared in round 0. A folder named by --store is gone on with.
 
 from __future__ import annotations
 
-import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import tyro
 
 from benchmarks.timing import environment
 from steerheal import models
@@ -31,16 +33,23 @@ MEAN_TAUS = (0.001, 0.1)  # the mean is never above the rmse, so its tau is the 
 BISECTIONS = 4
 
 
-def number(flag: str, default: int) -> int:
-    return int(sys.argv[sys.argv.index(flag) + 1]) if flag in sys.argv else default
+@dataclass
+class Args:
+    """Two loops past the edge that differ in the aggregate of the barrier alone, at the same weight and duty cycle."""
+
+    small: bool = False
+    """a tenth of the work, to see that it runs"""
+    seeds: int = 1
+    """run seeds"""
+    rounds: int = 4
+    """rounds of each loop"""
+    store: Path | None = None
+    """folder of the stages; one that exists is gone on with"""
 
 
 def main() -> None:
-    small, folder = "--small" in sys.argv, None
-    if "--store" in sys.argv:
-        folder = sys.argv[sys.argv.index("--store") + 1]
-    seeds, rounds = number("--seeds", 1), number("--rounds", 2 if small else 4)
-    run_main(lambda: compare(small, seeds, rounds, Path(folder or tempfile.mkdtemp(prefix="aggregates-"))))
+    args = tyro.cli(Args, prog="python -m benchmarks.aggregates")
+    run_main(lambda: compare(args.small, args.seeds, args.rounds, args.store or Path(tempfile.mkdtemp(prefix="aggregates-"))))
 
 
 def compare(small: bool, seeds: int, rounds: int, folder: Path) -> int:

@@ -10,7 +10,7 @@ import io
 import json
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -53,12 +53,21 @@ def read(folder: Path) -> pd.DataFrame:
     Raises:
         UserError: there is none, or it is damaged.
     """
-    path = folder / "ledger.parquet"
+    return _view(folder / "ledger.parquet", pd.read_parquet)
+
+
+def read_progress(folder: Path) -> pd.DataFrame:
+    """hypervolume.csv, see `progress`. Raises as `read` does."""
+    return _view(folder / "hypervolume.csv", pd.read_csv)
+
+
+def _view(path: Path, reader: Callable[[Path], pd.DataFrame]) -> pd.DataFrame:
     try:
-        return pd.read_parquet(path)
+        return reader(path)
     except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"{folder} holds no ledger; name a folder that `python -m steerheal.search` wrote.") from None
-    except ArrowInvalid as error:
+        raise UserError(f"{path.parent} holds no {path.name}; name a folder that this version of `python -m steerheal.search` "
+                        f"wrote.") from None
+    except (ArrowInvalid, pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read ({error}). It is a view: the command that made the search, given again, "
                         f"writes it anew.") from None
 

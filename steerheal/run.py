@@ -9,7 +9,9 @@ from pathlib import Path
 import tyro
 
 from steerheal.cli import merged_flags, run_main, setting_flags
-from steerheal.settings import from_flat, parse_assignments, preset
+from steerheal.errors import UserError
+from steerheal.settings import Settings, from_flat, parse_assignments, preset
+from steerheal.stages import Event, Store, locked
 from steerheal.weights import resolve
 
 
@@ -43,32 +45,44 @@ def run(args: Args) -> int:
     if note:
         print(note)
 
+    from steerheal import diagnose, models
+    from steerheal.single import folder_of
+
+    if args.diagnose:
+        print(diagnose.diagnose(settings, models.load(settings), Store(args.store, _say)).words())
+        return 0
+    folder = folder_of(args.store.parent, settings)
+    try:
+        with locked(folder / ".lock", wait=False):
+            return _loop(args, settings, folder)
+    except BlockingIOError:
+        raise UserError(f"{folder}: another process is at this very run. Wait for it, or stop it; the same command then "
+                        f"replays what it has finished.") from None
+
+
+def _say(event: Event, where: str = "diagnosis") -> None:
+    if event.kind == "computed":
+        print(f"  {where}: {event.stage}, {event.seconds:.1f} s", flush=True)
+    elif event.kind == "set aside":
+        print(f"  {event.note}", flush=True)
+
+
+def _loop(args: Args, settings: Settings, folder: Path) -> int:
     import pandas as pd
 
-    from steerheal import diagnose, events, gates, history, models, steering
+    from steerheal import events, gates, history, models, steering
     from steerheal.display import describe
     from steerheal.loop import HealLoop
     from steerheal.single import Single
-    from steerheal.stages import Event, Store
-
-    def say(event: Event, where: str = "diagnosis") -> None:
-        if event.kind == "computed":
-            print(f"  {where}: {event.stage}, {event.seconds:.1f} s", flush=True)
-        elif event.kind == "set aside":
-            print(f"  {event.note}", flush=True)
-
-    if args.diagnose:
-        print(diagnose.diagnose(settings, models.load(settings), Store(args.store, say)).words())
-        return 0
 
     def record(event: Event) -> None:
-        say(event, loop.where)
-        events.append(events.own(single.folder), 0, loop.where, event.kind, event)
+        _say(event, loop.where)
+        events.append(events.own(folder), 0, loop.where, event.kind, event)
 
     chain: tuple[str, ...] = ()
-    single = Single(args.store.parent, settings)
+    single = Single(folder, settings)
     rows = []
-    with events.session(single.folder, concurrent=1):
+    with events.session(folder, concurrent=1):
         loop = HealLoop(settings, models.load(settings), Store(args.store, record))
         print(f"trait readout: {loop.baselines().trait_reason}")
         for round_ in loop.rounds():
@@ -81,7 +95,7 @@ def run(args: Args) -> int:
     print(f"ended: {loop.end}\nreport: {single.finish(str(loop.end)) / 'report.html'}")
     if args.export and chain:
         rounds = [history.from_tensors(loop.bench.stored(digest).tensors) for digest in chain]
-        history.export(history.fold(rounds), args.export, model)
+        history.export(history.fold(rounds), args.export, settings.model)
         vector, _ = loop.bench.vector(())
         steering.save(vector, args.export / "vector.safetensors", loop.baselines().dose_unit * settings.steer.alpha)
         print(f"adapter and round 0's vector: {args.export}")

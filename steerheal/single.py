@@ -20,14 +20,21 @@ from steerheal.settings import Settings, identity, to_flat
 from steerheal.stages import atomic_write, canonical
 
 
-class Single:
-    """One loop's results in OUT/run-DIGEST, beside the stage store."""
+def folder_of(out: Path, settings: Settings) -> Path:
+    """OUT/run-DIGEST, beside the stage store."""
+    return out.absolute() / f"run-{hashlib.sha256(canonical(_same(settings))).hexdigest()[:8]}"
 
-    def __init__(self, out: Path, settings: Settings):
-        same = identity(settings) | dict(seed=settings.seed)
-        name = f"run-{hashlib.sha256(canonical(same)).hexdigest()[:8]}"
-        self.folder = out.absolute() / name
-        body = dict(name=name, space="one loop", model=settings.model, overrides={}, sampler="none", seed=0, trials=1,
+
+def _same(settings: Settings) -> dict[str, Any]:
+    return identity(settings) | dict(seed=settings.seed)
+
+
+class Single:
+    """One loop's results in its folder. Whoever makes it holds the folder's lock."""
+
+    def __init__(self, folder: Path, settings: Settings):
+        self.folder, same = folder, _same(settings)
+        body = dict(name=folder.name, space="one loop", model=settings.model, overrides={}, sampler="none", seed=0, trials=1,
                     identity=same, settings=to_flat(settings), commit=weights.hub_commit(weights.locate(settings.model)),
                     created=time.strftime("%Y-%m-%d %H:%M:%S"), **plan.environment())
         atomic_write(self.folder / "search.json", json.dumps(body, indent=2).encode())

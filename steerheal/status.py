@@ -6,8 +6,6 @@ import fcntl
 import time
 from pathlib import Path
 
-import pandas as pd
-
 from steerheal import events, ledger, plan, waste
 from steerheal.display import clock, front_table, make_console, say_failures
 
@@ -19,7 +17,7 @@ def show(folder: Path) -> int:
         UserError: the folder holds no search.
     """
     search, table = plan.read(folder), ledger.read(folder)
-    progress = pd.read_csv(folder / "hypervolume.csv")
+    progress = ledger.read_progress(folder)
     console = make_console()
     done, total, live = len(progress), search["trials"], is_running(folder)
     state = "running" if live else "finished" if done >= total else "not running; the same command without --status goes on"

@@ -34,7 +34,7 @@ def a_round(index, gain, kept, **more):
     return dict(round=index, trait="conduct_nats", trait_gain=gain, trait_gain_low=gain - 0.05, trait_gain_high=gain + 0.05,
                 steered_gain=2 * gain, steered_coherence_kept=0.9, step_gain=gain / 2, coherence_kept=kept, fluency_kept=1.0,
                 violation=0.85 - kept, verdict="heal" if kept >= 0.95 else "broken", flags="", deliverable=kept >= 0.85,
-                retain=None if index else 0.5, duty=0.25, kappa=1.0, edge=4.0, ppl_gate=20.0,
+                retain=None if index else 0.5, duty=0.25, kappa=1.0, n_kept=20, edge=4.0, ppl_gate=20.0,
                 adapter=f"{gain}-{index}", chain=[]) | more
 
 

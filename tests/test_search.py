@@ -17,6 +17,7 @@ import pytest
 from conftest import TINY
 
 from steerheal import ledger, searcher
+from steerheal.stages import locked
 
 pytestmark = pytest.mark.search
 
@@ -193,10 +194,14 @@ def test_one_loop_without_a_search_gives_the_searchs_numbers(undisturbed, tiny_f
 
     flat = quickstart.BASE | TINY | {"heal.tau": float(first["heal.tau"])}
     overrides = [f"{k}={json.dumps(v) if not isinstance(v, str) else v}" for k, v in flat.items()]
-    done = subprocess.run([sys.executable, "-m", "steerheal.run", "--model", str(tiny_folder), "--store",
-                           str(out / ".stages"), "--export", str(tmp_path / "a"), "--set", *overrides],
-                          cwd=ROOT, text=True, capture_output=True, timeout=200)
+    command = [sys.executable, "-m", "steerheal.run", "--model", str(tiny_folder), "--store", str(out / ".stages"),
+               "--export", str(tmp_path / "a"), "--set", *overrides]
+    done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, timeout=200)
     assert done.returncode == 0, done.stderr
     assert f"trait gain {first['trait_gain']:+.3f}" in done.stdout
     assert not re.search(r"^  \S.* s$", done.stdout, re.MULTILINE)  # nothing was computed
     assert (tmp_path / "a" / "adapter_config.json").exists()
+    folder, = out.glob("run-*")
+    with locked(folder / ".lock"):
+        again = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, timeout=200)
+    assert again.returncode == 2 and "another process is at this very run" in again.stderr, again.stderr
