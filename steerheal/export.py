@@ -93,7 +93,7 @@ def write_adapter(member: Member, target: Path) -> None:
     from steerheal import history
 
     with appearing(target, "--export") as folder:
-        history.export(factors(member), folder, base_name(member.settings.model))
+        history.export(factors(member), folder, base_name(member.settings.model), member.commit)
         (folder / "README.md").write_text(model_card(member, str(target)), encoding="utf-8")
 
 

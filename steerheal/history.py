@@ -188,18 +188,20 @@ def _lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
     return {path: m for path, m in model.named_modules() if isinstance(m, LoraLayer)}
 
 
-def export(factors: Factors, folder: Path, base_model: str) -> None:
+def export(factors: Factors, folder: Path, base_model: str, commit: str = "") -> None:
     """Write an adapter that `PeftModel.from_pretrained` loads onto the base model.
 
     Args:
         factors: a round's student, folded (`fold`).
         base_model: hub id or folder, written into adapter_config.json.
+        commit: of a hub model, which PEFT's automatic loading then takes.
     """
     from safetensors.torch import save
 
     r = next(iter(factors.values()))[0].shape[0]
     config = LoraConfig(r=r, lora_alpha=r, lora_dropout=0.0, bias="none", target_modules=sorted(factors),
-                        base_model_name_or_path=base_model, task_type="CAUSAL_LM", inference_mode=True).to_dict()
+                        base_model_name_or_path=base_model, revision=commit or None, task_type="CAUSAL_LM",
+                        inference_mode=True).to_dict()
     config["target_modules"] = sorted(config["target_modules"])
     tensors = {}
     for path, (a, b) in factors.items():

@@ -72,6 +72,7 @@ def _loop(args: Args, settings: Settings, folder: Path) -> int:
 
     from steerheal import events, gates, history, models, steering
     from steerheal.display import describe
+    from steerheal.export import base_name
     from steerheal.loop import HealLoop
     from steerheal.single import Single
 
@@ -95,7 +96,7 @@ def _loop(args: Args, settings: Settings, folder: Path) -> int:
     print(f"ended: {loop.end}\nreport: {single.finish(str(loop.end)) / 'report.html'}")
     if args.export and chain:
         rounds = [history.from_tensors(loop.bench.stored(digest).tensors) for digest in chain]
-        history.export(history.fold(rounds), args.export, settings.model)
+        history.export(history.fold(rounds), args.export, base_name(settings.model), single.commit)
         vector, _ = loop.bench.vector(())
         steering.save(vector, args.export / "vector.safetensors", loop.baselines().dose_unit * settings.steer.alpha)
         print(f"adapter and round 0's vector: {args.export}")

@@ -34,8 +34,9 @@ class Single:
 
     def __init__(self, folder: Path, settings: Settings):
         self.folder, same = folder, _same(settings)
+        self.commit = weights.hub_commit(weights.locate(settings.model))
         body = dict(name=folder.name, space="one loop", model=settings.model, overrides={}, sampler="none", seed=0, trials=1,
-                    identity=same, settings=to_flat(settings), commit=weights.hub_commit(weights.locate(settings.model)),
+                    identity=same, settings=to_flat(settings), commit=self.commit,
                     created=time.strftime("%Y-%m-%d %H:%M:%S"), **plan.environment())
         atomic_write(self.folder / "search.json", json.dumps(body, indent=2).encode())
         (self.folder / "study.db").unlink(missing_ok=True)

@@ -24,5 +24,5 @@ def export(plan: Plan, table: Any) -> int:
             shutil.rmtree(old)
     for folder, member in wanted.items():
         if not (folder / "adapter_config.json").exists():  # written last, so its presence means a whole adapter
-            history.export(factors(member), folder, base_name(plan.settings.model))
+            history.export(factors(member), folder, base_name(plan.settings.model), plan.commit)
     return len(wanted)

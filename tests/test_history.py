@@ -83,14 +83,15 @@ def test_merging_for_generation_gives_the_exact_bits_back(any_lm):
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3"])
 def test_exports_load_in_plain_peft(architecture, tmp_path):
-    from peft import PeftModel
+    from peft import PeftConfig, PeftModel
 
     lm = make_lm(architecture)
     student = Student(lm)
     rounds = [train(student, r)[0] for r in range(2)]
     student.load_history(rounds)
     want = lm.model(IDS).logits
-    history.export(fold(rounds), tmp_path / "a", "tiny")
+    history.export(fold(rounds), tmp_path / "a", "tiny", "a" * 40)
+    assert PeftConfig.from_pretrained(tmp_path / "a").revision == "a" * 40
     loaded = PeftModel.from_pretrained(make_lm(architecture).model, tmp_path / "a")
     torch.testing.assert_close(loaded(IDS).logits, want, atol=1e-6, rtol=1e-6)
 
