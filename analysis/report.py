@@ -22,7 +22,7 @@ import pandas as pd
 import tyro
 
 from analysis import folders, page, versus
-from steerheal import ledger, plan, spaces
+from steerheal import gates, ledger, plan, spaces
 from steerheal.cli import run_main
 from steerheal.display import interval
 from steerheal.errors import UserError
@@ -139,6 +139,7 @@ def data(folder: Path, whole: bool = True) -> dict[str, Any]:
         trait=_trait_reason(folder), hypervolume=ledger.hypervolume(table), sentences=sentences(rounds, against or []),
         verdicts=VERDICTS, flags=FLAGS, floors=dict(coherence=COHERENCE_FLOOR, fluency=FLUENCY_FLOOR, sane=DEGRADED),
         front=round_table(front, MAIN), rounds=round_table(rounds, len(COLUMNS)), baselines=baseline_table(baselines),
+        gates=_optional("the gates", lambda: gate_answers(rounds, front)) or [],
         failed=[(row["trial"], row["error"]) for _, row in failed.iterrows()],
         diary=_optional("the diary", lambda: _diary(folder)) if whole and len(front) else None,
         samples=_optional("samples", lambda: samples(folder, front)) or [] if whole and len(front) else [],
@@ -160,6 +161,15 @@ def _diary(folder: Path) -> Any:
     from analysis import diary
 
     return diary.data(folder)
+
+
+def gate_answers(rounds: pd.DataFrame, front: pd.DataFrame) -> list[tuple[str, dict[str, str]]]:
+    """What each of the first members of the front answers to the gates' questions, by member."""
+    out = []
+    for _, member in front.head(MEMBERS_SHOWN).iterrows():
+        so_far = rounds[(rounds["trial"] == member["trial"]) & (rounds["round"] <= member["round"])].sort_values("round")
+        out.append((f"trial {member['trial']} round {member['round']}", gates.answers(so_far.to_dict("records"))))
+    return out
 
 
 def _optional(what: str, read: Any) -> Any:

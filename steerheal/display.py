@@ -1,4 +1,5 @@
-"""What a running search shows: one calm live panel on a terminal, plain lines elsewhere.
+"""What a running search shows: a line for every finished round, above one calm live panel on a terminal, among lines for
+each step elsewhere.
 
 It reads the event files that the workers write, and is told when the study changed; it never asks a worker.
 """
@@ -57,7 +58,7 @@ class Display:
         """The study changed: a round or a trial ended. The first call tells what earlier runs left."""
         rows = table.dropna(subset=["round"])
         keys = list(zip(rows["trial"], rows["round"]))
-        if self._live is None and self.table is not None:
+        if self.table is not None:
             for key, (_, row) in zip(keys, rows.iterrows()):
                 if key not in self.shown:
                     self._say(f"trial {row['trial']} {describe(row)}")

@@ -151,6 +151,7 @@ class HealLoop:
             log_ratio=log_ratio.value, log_ratio_low=log_ratio.low, log_ratio_high=log_ratio.high,
             cos_v0=steering.cosine(vector, first), vector_norm=float(vector.direction().norm()),
             cos_student=steering.cosine(learned, vector), lam_r=s.lam_schedule[r],
+            micro_batch=healed.record["micro_batch"],
             duty=healed.record["duty"], warning=healed.record["warning"] or "", val_nll_first=healed.record["val_nll"][0],
             val_nll_last=healed.record["val_nll"][-1], train_nll=healed.record["train_nll"][-1],
             pressure=_mean([row["pressure"] for row in healed.record["steps"] if "pressure" in row]),

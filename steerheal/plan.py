@@ -6,6 +6,7 @@ is refused, field by field, because a search whose settings changed half-way wou
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -51,7 +52,7 @@ class Plan:
         if self.sampler == "grid":
             head["points"] = self.space.points()
         versions = {f"version of stage {k}": v for k, v in VERSIONS.items()}
-        return head | domains | versions | identity(self.settings)
+        return head | domains | versions | identity(self.settings) | _contents(self.settings)
 
     def write(self) -> None:
         path = self.folder / "search.json"
@@ -63,6 +64,13 @@ class Plan:
             created=old.get("created", time.strftime("%Y-%m-%d %H:%M:%S")),
             **environment())
         atomic_write(path, json.dumps(body, indent=2).encode())
+
+
+def _contents(settings: Settings) -> dict[str, str]:
+    """Hashes of the files that settings name: an edited file is another instrument under the same path."""
+    named = {"persona": settings.persona, "evaluate.items": settings.evaluate.items}
+    return {f"content of {field}": hashlib.sha256(Path(value).read_bytes()).hexdigest()[:16]
+            for field, value in named.items() if Path(value).is_file()}
 
 
 def environment() -> dict[str, dict[str, str]]:

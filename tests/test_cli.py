@@ -126,6 +126,17 @@ def test_overrides_are_remembered_and_changes_are_refused(tmp_path):
     assert make(tmp_path, trials=50).trials == 50
 
 
+def test_an_edited_file_is_another_search(tmp_path):
+    items = tmp_path / "mine.jsonl"
+    items.write_text("one")
+    given = {"evaluate.items": str(items)}
+    make(tmp_path, overrides=given).write()
+    make(tmp_path)
+    items.write_text("two")
+    with pytest.raises(UserError, match=r"content of evaluate\.items"):
+        make(tmp_path)
+
+
 def test_a_torn_search_json_says_how_to_go_on(tmp_path):
     make(tmp_path).write()
     (tmp_path / "quickstart" / "search.json").write_text('{"identity":')

@@ -2,6 +2,7 @@ import io
 import json
 
 import pandas as pd
+import pytest
 from rich.console import Console
 
 from steerheal.display import Display
@@ -21,8 +22,10 @@ def make(tmp_path, done=0):
     return display, lambda: display.console.file.getvalue()
 
 
-def test_only_rounds_of_this_run_are_told_and_each_once(tmp_path):
+@pytest.mark.parametrize("live", [False, True])
+def test_only_rounds_of_this_run_are_told_and_each_once(tmp_path, live):
     display, text = make(tmp_path, done=1)
+    display._live = object() if live else None  # above the panel, too
     old = dict(trial=0, round=0, state="complete")
     display.update(ledger(old))
     assert text() == "" and display.finished == 0

@@ -34,6 +34,8 @@ def a_round(index, gain, kept, **more):
     return dict(round=index, trait="conduct_nats", trait_gain=gain, trait_gain_low=gain - 0.05, trait_gain_high=gain + 0.05,
                 steered_gain=2 * gain, steered_coherence_kept=0.9, step_gain=gain / 2, coherence_kept=kept, fluency_kept=1.0,
                 violation=0.85 - kept, verdict="heal" if kept >= 0.95 else "broken", flags="", deliverable=kept >= 0.85,
+                steered_step=0.2, steered_step_low=0.1, steered_step_high=0.3, survival=0.75, survival_by_share={"1": 0.75},
+                log_ratio=0.3, log_ratio_low=0.2, log_ratio_high=0.4, cos_v0=0.9,
                 retain=None if index else 0.5, duty=0.25, kappa=1.0, n_kept=20, edge=4.0, ppl_gate=20.0,
                 adapter=f"{gain}-{index}", chain=[]) | more
 
@@ -172,6 +174,13 @@ def test_every_round_is_in_the_table_with_its_numbers(folder):
         for (_, cells), want in zip(rounds.rows, table[name]):
             assert cells[column].value == (None if math.isnan(want) else want)
     assert [kind for kind, _ in rounds.rows] == ["front", "front", "", "not-deliverable"]
+
+
+def test_the_gates_of_the_fronts_members_are_answered(folder):
+    members = [member for member, _ in report.data(folder)["gates"]]
+    assert members == ["trial 0 round 1", "trial 0 round 0"]
+    text = report.write(folder).read_text()
+    assert "Q2: Coherence over the rounds: 0.99, 0.96, all deliverable." in text and "Q0: 75% of the completions" in text
 
 
 def test_a_report_before_the_first_round(folder):
