@@ -2,7 +2,7 @@
 
 HYPOTHESIS = ("At the same data a reverse-KL barrier keeps more coherence per nat of trait than forward KL, weight decay, a "
               "spectral penalty or nothing; and it can replace the coherence filter, which nll cannot.")
-BASE = {"heal.lam": 1.0, "heal.tau": 0.1}
+BASE = {"steer.alpha": 1.5, "heal.lam": 1.0, "heal.tau": 0.1}  # past the edge: at a coherent dose there is nothing to heal
 SEEDS = 3
 NLL = {"heal.barrier": "nll", "heal.weight_decay": 0.0, "heal.spectral_lam": 0.0, "filter.coherence": True}
 ARMS = [
