@@ -8,6 +8,7 @@ folders are drawn on one axis where they measure the same thing on the same mode
 from __future__ import annotations
 
 import difflib
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -110,8 +111,8 @@ def draw(d: Data) -> plt.Figure:
     grey = d.points[~d.points["deliverable"]]
     outside = style.scatter(axes, grey["trait_gain"], grey["coherence_kept"], color=style.GREY, s=26, zorder=2)
     looks = {s: (style.BLUE, style.ORANGE) for s in d.hypervolume} if len(d.hypervolume) == 1 else \
-        {s: (c, c) for s, c in zip(d.hypervolume, style.PALETTE)}
-    for (search, colours), marker in zip(looks.items(), MARKERS):
+        {s: (c, c) for s, c in zip(d.hypervolume, itertools.cycle(style.PALETTE))}
+    for (search, colours), marker in zip(looks.items(), itertools.cycle(MARKERS)):
         _draw_search(axes, d, d.points[d.points["search"] == search], colours, marker)
     for label, marker in (("base", "s"), ("prompted", "D"), ("steered", "^")):
         rows = d.baselines[d.baselines["label"] == label]

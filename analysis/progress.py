@@ -12,6 +12,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from optuna.trial import TrialState
 
 from analysis import style
 from analysis.folders import Search, command, read
@@ -48,7 +49,7 @@ def data(folder: Path) -> Data:
 
 def _trials(search: Search, found: pd.DataFrame) -> pd.DataFrame:
     ended = {index: trial.datetime_complete for index, trial in latest(open_study(search.folder)).items()
-             if trial.datetime_complete}
+             if trial.datetime_complete and trial.state == TrialState.COMPLETE}
     order = sorted(ended, key=lambda index: ended[index])
     computed = found[found["kind"] == "computed"]
     seconds = events.busy(zip(computed["time"] - computed["seconds"], computed["time"]),
@@ -64,7 +65,7 @@ def _stages(search: Search, found: pd.DataFrame) -> pd.DataFrame:
     for digest in set(replayed["digest"]) - set(cost):  # computed by another search
         if store.path(digest).exists():
             cost[digest] = store.head(digest)["seconds"]
-    saved = replayed["digest"].map(cost)
+    saved = replayed["digest"].map(cost).astype(float)  # of no replay at all pandas would make text
     rows = [dict(stage=STAGE_NAMES.get(stage, stage), computed=computed.loc[computed["stage"] == stage, "seconds"].sum(),
                  saved=saved[replayed["stage"] == stage].sum(), n_computed=int((computed["stage"] == stage).sum()),
                  n_replayed=int((replayed["stage"] == stage).sum()),

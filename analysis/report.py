@@ -132,15 +132,16 @@ def data(folder: Path, whole: bool = True) -> dict[str, Any]:
     front = ledger.front(table)
     done = table[table["state"] == "complete"]["trial"].nunique()
     against = _optional("the baselines", lambda: versus.sentences(versus.table(folders.read(folder)))) if len(rounds) else None
-    failed = table[table["error"].ne("")].drop_duplicates("trial")
+    failed = table[table["error"].ne("") & table["state"].eq("fail")].drop_duplicates("trial")
     return dict(
         title=f"{search['name']}: steerheal report", name=search["name"], search=search, hypothesis=_hypothesis(search),
         written=time.strftime("%Y-%m-%d %H:%M"), done=done, whole=whole,
-        trait=_trait_reason(folder), hypervolume=ledger.hypervolume(table), sentences=sentences(rounds, against or []),
+        trait=_trait_reason(folder), hypervolume=ledger.hypervolume(table),
+        sentences=sentences(rounds, against or []) + starved(table),
         verdicts=VERDICTS, flags=FLAGS, floors=dict(coherence=COHERENCE_FLOOR, fluency=FLUENCY_FLOOR, sane=DEGRADED),
         front=round_table(front, MAIN), rounds=round_table(rounds, len(COLUMNS)), baselines=baseline_table(baselines),
         gates=_optional("the gates", lambda: gate_answers(rounds, front)) or [],
-        failed=[(row["trial"], row["error"]) for _, row in failed.iterrows()],
+        failed=[(row["trial"], row["error"]) for _, row in failed.iterrows()], adapters=(folder / "adapters").exists(),
         diary=_optional("the diary", lambda: _diary(folder)) if whole and len(front) else None,
         samples=_optional("samples", lambda: samples(folder, front)) or [] if whole and len(front) else [],
         settings=settings_rows(search), loading=_loading(search, front))
@@ -154,7 +155,10 @@ def _hypothesis(search: dict[str, Any]) -> str:
 
 
 def _trait_reason(folder: Path) -> str:
-    return str(ledger.open_study(folder).user_attrs.get("trait", ""))
+    try:
+        return str(ledger.open_study(folder).user_attrs.get("trait", ""))
+    except UserError:  # the page lives from the ledger, the study may be gone
+        return ""
 
 
 def _diary(folder: Path) -> Any:
@@ -205,6 +209,12 @@ def sentences(rounds: pd.DataFrame, against: list[str]) -> list[str]:
     return [*out, *against, "Intervals are 95% over items; the noise between run seeds is not in them."]
 
 
+def starved(table: pd.DataFrame) -> list[str]:
+    """Trials that ended for want of completions, in words."""
+    rows = table[table["end"].eq("starved")].drop_duplicates("trial")
+    return [f"Trial {row['trial']} starved in {row['error']}." for _, row in rows.iterrows()]
+
+
 # ---------------------------------------------------------------- tables
 
 
@@ -215,7 +225,7 @@ def round_table(rows: pd.DataFrame, columns: int) -> Table:
     heads = ["trial", "round", *params, *(COLUMNS[name][0] for name in names)]
     out = []
     for _, row in rows.iterrows():
-        cells = [number(row["trial"], ".0f"), number(row["round"], ".0f"), *(number(row[p], ".3g") for p in params)]
+        cells = [number(row["trial"], ".0f"), number(row["round"], ".0f"), *(setting(row[p]) for p in params)]
         for name in names:
             cell = number(row[name], COLUMNS[name][1])
             cells.append(Cell(interval(row), cell.value) if name == "trait_gain" else cell)
@@ -233,6 +243,12 @@ def baseline_table(baselines: pd.DataFrame) -> Table:
         out.append(("", [Cell(label), Cell(interval(row), row["trait_gain"]), number(row["coherence_kept"], ".3f"),
                          number(row["fluency_kept"], ".2f")]))
     return Table(["baseline", "trait gain, nats", "coherence kept", "fluency kept"], out)
+
+
+def setting(value: Any) -> Cell:
+    """A searched setting's value; whole numbers, such as seeds, in full."""
+    whole = isinstance(value, (int, np.integer)) or (isinstance(value, float) and value.is_integer() and abs(value) < 1e15)
+    return number(value, ".0f" if whole else ".3g")
 
 
 def number(value: Any, form: str) -> Cell:

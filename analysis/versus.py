@@ -48,7 +48,7 @@ def table(search: Search) -> pd.DataFrame:
         if ours and theirs:
             out.append([*rung[COLUMNS[:4]], best["trial"], best["round"], best["coherence_kept"], best["trait_gain"],
                         *trait.gain(ours, theirs)])
-    return pd.DataFrame(out, columns=COLUMNS)
+    return pd.DataFrame(out, columns=COLUMNS).astype(dict(trial="Int64", round="Int64"))  # None would make them float
 
 
 def sentences(rows: pd.DataFrame) -> list[str]:

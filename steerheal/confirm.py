@@ -43,7 +43,8 @@ def confirm(plan: Plan, study: Any, k: int, machine: driver.Machine) -> int:
     fixed = _indexed(again, wanted)
     todo = [i for i in searcher.missing(again, len(fixed)) if fixed[i] in wanted]
     if todo:
-        ended = driver.run(own, again, _distributions(space, fixed), todo, fixed, machine, len(wanted) - len(todo))
+        done = len(fixed) - len(searcher.missing(again, len(fixed)))  # of an earlier front, too
+        ended = driver.run(own, again, _distributions(space, fixed), todo, fixed, machine, done)
     else:
         ended = driver.Ended("", "nothing to compute: every seed has run")
     found = results(front, list(space), plan.settings.seed, again)
@@ -75,7 +76,7 @@ def results(front: pd.DataFrame, params: list[str], run_seed: int, study: Any) -
         own_seed = int(member["seed"]) if "seed" in front else run_seed
         rows.append(head | dict(seed=own_seed, fresh=False, **_numbers(member)))
         for run in runs:
-            if all(run.params[p] == plain(member[p]) for p in params if p != "seed"):
+            if all(run.params[p] == plain(member[p]) for p in params if p not in ("seed", "rounds")):
                 rounds = run.user_attrs.get("rounds", [])
                 if run.params["rounds"] > head["round"]:
                     found = rounds[head["round"]] if len(rounds) > head["round"] else None
@@ -112,7 +113,8 @@ def _report(folder: Path, found: pd.DataFrame, table: pd.DataFrame, left: list[i
     console = make_console()
     console.print("Front members on fresh run seeds (gain in nats)")
     for row in stays(found).to_dict("records"):
-        spread = f"{row['mean_gain']:+.3f} ± {row['sd_gain']:.3f}" if row["n"] > 1 else f"{row['mean_gain']:+.3f}"
+        spread = ("never reached" if row["mean_gain"] != row["mean_gain"] else f"{row['mean_gain']:+.3f}"
+                  + (f" ± {row['sd_gain']:.3f}" if row["sd_gain"] == row["sd_gain"] else ""))
         console.print(f"  {row['trial']}.{row['round']}: gain {row['gain']:+.3f} in the search, {spread} on {row['n']} fresh "
                       f"seeds, coherence kept {row['mean_kept']:.3f}, deliverable on {row['deliverable']}, "
                       f"on the front on {row['on_front']}", soft_wrap=True)

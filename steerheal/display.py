@@ -30,7 +30,7 @@ class Display:
         self.console = make_console()
         self.started = time.monotonic()
         self.shown: set[tuple[int, int]] = set()  # (trial, round) already told
-        self.complete: set[int] = set()
+        self.ended: dict[int, float] = {}  # trial -> when that was seen; a trial that runs again starts stages after it
         self.finished = 0
         self.counts = {"computed": 0, "replayed": 0, "set aside": 0}
         self.where: dict[int, tuple[str, float]] = {}  # trial -> (words, since when)
@@ -64,8 +64,8 @@ class Display:
                     self._say(f"trial {row['trial']} {describe(row)}")
         self.shown |= set(keys)
         self.table = table
-        self.complete = set(table[table["state"] == "complete"]["trial"])
-        self.finished = len(self.complete) - self.done_before
+        self.ended = {t: self.ended.get(t, time.time()) for t in table[table["end"].ne("")]["trial"]}
+        self.finished = table[table["state"] == "complete"]["trial"].nunique() - self.done_before
 
     def summary(self) -> str:
         """Stages computed, replayed and set aside in this run."""
@@ -120,7 +120,7 @@ class Display:
         head = Text.assemble((f"{self.name}  ", "bold"), f"{self.done_before + self.finished} of {self.total} trials, "
                              f"{self.rounds} rounds each   elapsed {clock(elapsed)}   remaining: {remaining}")
         lines: list[Any] = [head]
-        for trial, (where, since) in sorted((t, w) for t, w in self.where.items() if t not in self.complete):
+        for trial, (where, since) in sorted((t, w) for t, w in self.where.items() if w[1] > self.ended.get(t, 0)):
             lines.append(Text(f"  trial {trial}  {where}  {clock(max(time.time() - since, 0))}", style="cyan"))
         lines.append(Text(f"  {self.summary()}", style="dim"))
         if self.table is not None and self.table["front"].any():
@@ -154,6 +154,12 @@ def say_failures(console: Console, table: pd.DataFrame, left: list[int]) -> None
     errors = table[table["error"].ne("") & table["trial"].isin(left)].drop_duplicates("trial")
     for _, row in errors.iterrows():
         console.print(f"trial {row['trial']} failed: {row['error']}", soft_wrap=True)
+
+
+def say_starved(console: Console, table: pd.DataFrame) -> None:
+    """Which trials ended for want of completions, and what dropped them."""
+    for _, row in table[table["end"].eq("starved")].drop_duplicates("trial").iterrows():
+        console.print(f"trial {row['trial']} starved in {row['error']}", soft_wrap=True)
 
 
 def interval(row: pd.Series) -> str:

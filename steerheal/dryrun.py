@@ -22,7 +22,7 @@ from steerheal.stages import Result, Store, digest_of
 def report(plan: Plan) -> int:
     """Print which trials would run, how much of each the store has, and time and disk from past searches."""
     weights.locate(plan.settings.model, plan.commit)
-    study = _copy_in_memory(plan.folder)
+    study = _copy_in_memory(plan.folder if plan.resumed else None)
     fixed = searcher.recover(study)
     if plan.sampler == "grid":
         fixed |= dict(enumerate(plan.space.points()))
@@ -116,12 +116,12 @@ def _past(folder: Path, plan: Plan) -> Past | None:
                 sum(p.stat().st_size for p in paths if p.exists()) / rounds, differs)
 
 
-def _copy_in_memory(folder: Path) -> optuna.Study:
-    """The study's trials in a study that nothing is written from."""
+def _copy_in_memory(folder: Path | None) -> optuna.Study:
+    """The study's trials, where there is one to go on with, in a study that nothing is written from."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
     copy = optuna.create_study(directions=["maximize", "maximize"])
-    if (folder / "study.db").exists():
+    if folder and (folder / "study.db").exists():
         for trial in ledger.open_study(folder).get_trials(deepcopy=False):
             if trial.state == optuna.trial.TrialState.RUNNING:  # as `recover` will find it
                 trial.state = optuna.trial.TrialState.FAIL

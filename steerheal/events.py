@@ -111,12 +111,18 @@ def busy(spans: Iterable[tuple[float, float]], moments: Iterable[float]) -> list
     return out
 
 
-def running(events: list[dict[str, Any]]) -> dict[int, dict[str, Any]]:
-    """The last stage that each trial started and has not finished, by trial."""
+def running(events: list[dict[str, Any]], since: float = 0.0) -> dict[int, dict[str, Any]]:
+    """The last stage that each trial started and has not finished, by trial.
+
+    Args:
+        since: seconds since the epoch; what started earlier died with its driver.
+    """
     open_: dict[int, dict[str, Any]] = {}
     for e in events:
+        if e["time"] < since:
+            continue
         if e["kind"] == "start":
             open_[e["trial"]] = e
-        elif open_.get(e["trial"], {}).get("digest") == e.get("digest") or e["kind"] == "error":
+        elif open_.get(e["trial"], {}).get("digest") in (None, e.get("digest")) or e["kind"] == "error":
             open_.pop(e["trial"], None)
     return open_

@@ -39,5 +39,6 @@ class Follower:
             self.behind = False
             study_file.back_up(self.folder)
             self.on_table(ledger.write(self.study, self.folder))
-            report.refresh(self.folder)
+            if (self.folder / "search.json").exists():  # not beside the runs that confirm a front
+                report.refresh(self.folder)
             self.due = started + (time.monotonic() - started) / SHARE

@@ -25,7 +25,14 @@ from steerheal.stages import atomic_write
 
 
 def open_study(folder: Path) -> optuna.Study:
-    """The study of a search's folder; it must exist."""
+    """The study of a search's folder, for looking at.
+
+    Raises:
+        UserError: there is none. (SQLite would make an empty one, which would hide that a backup is to be put back.)
+    """
+    if not (folder / study_file.NAME).exists():
+        raise UserError(f"{folder} holds no {study_file.NAME}. The search's command, given again, puts it back from its copy "
+                        f"if there is one.")
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     return optuna.load_study(study_name="steerheal", storage=storage_url(folder))
 

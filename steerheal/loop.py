@@ -93,6 +93,7 @@ class HealLoop:
         self.persona = self.bench.persona
         self.where = "baselines"  # what is going on, in words, for the display
         self.end: str | None = None
+        self.why = ""  # a sentence, where it ended for want of completions
         self._baselines: Baselines | None = None
 
     # ------------------------------------------------------------ the loop
@@ -106,8 +107,8 @@ class HealLoop:
         while self.end is None:
             try:
                 done = self._round(len(outcomes), chain, incoming, baselines)
-            except Starved:
-                self.end = "starved"
+            except Starved as error:
+                self.end, self.why = "starved", str(error)
                 return
             round_, incoming = done
             chain = round_.chain
@@ -123,9 +124,12 @@ class HealLoop:
         top = s.steer.alpha * baselines.dose_unit
         collected = self._collect(r, chain, vector, vector_digest, top, baselines.gate)
         harvest = collected.harvest
+        dropped = [reason for draw in (*harvest.probes, *harvest.batches) for reason in draw.dropped]
+        drops = {name: dropped.count(name) for name in sorted(set(dropped))}
         if len(harvest.kept) < s.generate.min_train:
-            raise Starved(f"round {r}: {len(harvest.kept)} completions survived, generate.min_train is "
-                          f"{s.generate.min_train}")
+            why = ", ".join(f"{name} {n}" for name, n in drops.items())
+            raise Starved(f"round {r}: {len(harvest.kept)} completions survived the filter (dropped for {why}), "
+                          f"generate.min_train is {s.generate.min_train}")
         samples = [k.sample for k in harvest.kept]
         self.where = f"round {r}, kept completions under the steered student"
         log_ratio = mean(bench.log_ratio(chain, vector, vector_digest, samples, [k.dose for k in harvest.kept]))
@@ -141,12 +145,11 @@ class HealLoop:
         healed_diary = bench.diary(after_chain)
         outcome = objectives.judge(r, self.persona, baselines.trait, baselines.base, incoming, steered, after,
                                    healed.record["duty"] if s.heal.barrier != "nll" else 1.0)
-        dropped = [reason for draw in (*harvest.probes, *harvest.batches) for reason in draw.dropped]
         learned = bench.learned(after_chain)
         details = dict(
             edge=baselines.edge, top_dose=top * harvest.kappa, kappa=harvest.kappa, survival=harvest.survival,
             kappa_trace=harvest.trace, survival_by_share=collected.survival_by_share, n_kept=len(harvest.kept),
-            drops={n: dropped.count(n) for n in sorted(set(dropped))}, ppl_gate=baselines.gate.perplexity,
+            drops=drops, ppl_gate=baselines.gate.perplexity,
             soup_gate=baselines.gate.soup,
             log_ratio=log_ratio.value, log_ratio_low=log_ratio.low, log_ratio_high=log_ratio.high,
             cos_v0=steering.cosine(vector, first), vector_norm=float(vector.direction().norm()),

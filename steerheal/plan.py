@@ -118,7 +118,7 @@ def make(space_name: str, *, name: str | None, out: Path, model: str | None, ove
     plan = Plan(name, folder, space, settings, {k: v for k, v in asked.items() if k != "model"},
                 sampler or (stored or {}).get("sampler", space.sampler), halving or (stored or {}).get("halving", False),
                 seed if seed is not None else (stored or {}).get("seed", 0),
-                trials or max((stored or {}).get("trials", 0), space.trials), out.absolute() / ".stages",
+                trials or (stored or {}).get("trials", space.trials), out.absolute() / ".stages",
                 [note] if note else [], stored is not None, (stored or {}).get("commit", ""))
     if plan.sampler == "grid" and plan.trials > (points := len(space.points())):
         raise UserError(f"--trials {plan.trials}: the grid of {space.name} has {points} points. --sampler "

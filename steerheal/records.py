@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 
 from steerheal import ledger
+from steerheal.errors import UserError
 from steerheal.evaluation.readings import answer_shares
 from steerheal.personas import FOUNDATIONS
 from steerheal.stages import Result, Store
@@ -98,9 +99,10 @@ def _rounds(folder: Path) -> Iterator[dict[str, Any]]:
 
 
 def _baselines(folder: Path) -> pd.DataFrame:
-    ledger.read(folder)  # the error of a folder that is no search's
+    if ledger.read(folder)["round"].isna().all():
+        raise UserError(f"{folder}: no round is finished yet.")
     return pd.read_csv(folder / "baselines.csv")
 
 
 def _store(folder: Path) -> Store:
-    return Store(folder.parent / ".stages")
+    return Store(folder.absolute().parent / ".stages")

@@ -23,8 +23,8 @@ class Args:
     """hub id, local folder or built-in name"""
     set: tuple[str, ...] = ()
     """settings, such as heal.tau=1.0 rounds=2"""
-    store: Path = Path("results/.stages")
-    """the stage store; shared with searches in results/. The run's own folder, with its report, is made beside it"""
+    out: Path = Path("results")
+    """where the run's folder, with its report, is made, and .stages, which searches there share"""
     export: Path | None = None
     """write the last round's adapter here, in PEFT's format, and the steering vector"""
     diagnose: bool = False
@@ -49,9 +49,9 @@ def run(args: Args) -> int:
     from steerheal.single import folder_of
 
     if args.diagnose:
-        print(diagnose.diagnose(settings, models.load(settings), Store(args.store, _say)).words())
+        print(diagnose.diagnose(settings, models.load(settings), Store(args.out / ".stages", _say)).words())
         return 0
-    folder = folder_of(args.store.parent, settings)
+    folder = folder_of(args.out, settings)
     try:
         with locked(folder / ".lock", wait=False):
             return _loop(args, settings, folder)
@@ -84,7 +84,7 @@ def _loop(args: Args, settings: Settings, folder: Path) -> int:
     single = Single(folder, settings)
     rows = []
     with events.session(folder, concurrent=1):
-        loop = HealLoop(settings, models.load(settings), Store(args.store, record))
+        loop = HealLoop(settings, models.load(settings), Store(args.out / ".stages", record))
         print(f"trait readout: {loop.baselines().trait_reason}")
         for round_ in loop.rounds():
             rows.append(round_.row())

@@ -133,6 +133,8 @@ def _check(args: Args) -> None:
             problems.append(f"--{field.replace('_', '-')} {value:g}: must be {words}")
     if args.sampler not in (None, *spaces.SAMPLERS):
         problems.append(f"--sampler {args.sampler}: allowed: {', '.join(spaces.SAMPLERS)}")
+    if args.confirm and (args.dry_run or args.restart):
+        problems.append("--confirm goes with neither --dry-run nor --restart: it runs the front of a search that is there")
     if args.space and args.file:
         problems.append(f"{args.space} and --space {args.file}: name one search space")
     if problems:
@@ -186,7 +188,7 @@ def _finish(plan: Plan, study: Any, params: list[str], ended: Any) -> int:
     """Rebuild every view, show the front, say what went wrong and how to go on."""
     from analysis import report
     from steerheal import ledger, searcher, views
-    from steerheal.display import front_table, make_console, say_failures
+    from steerheal.display import front_table, make_console, say_failures, say_starved
 
     table = ledger.write(study, plan.folder)
     drawn = report.refresh(plan.folder, whole=True)
@@ -197,6 +199,7 @@ def _finish(plan: Plan, study: Any, params: list[str], ended: Any) -> int:
         console.print(front_table(table, params))
     else:
         console.print("No round was deliverable yet (coherence kept >= 0.85 and fluency kept >= 0.80).")
+    say_starved(console, table)
     if "trait" in study.user_attrs:
         console.print(f"trait readout: {study.user_attrs['trait']}", soft_wrap=True)
     console.print(f"hypervolume {ledger.hypervolume(table):.4f} nats x coherence, above 0 nats and coherence kept 0.85")

@@ -52,9 +52,10 @@ class Space:
                 continue
             for value in dist.choices if isinstance(dist, CategoricalDistribution) else (dist.low, dist.high):
                 try:
-                    from_flat({name: decoded(value)})
-                except SettingsError as error:
-                    problems += [f"{self._at(name)}{p}" for p in error.problems if p.startswith(name)]
+                    from_flat(self.base | {name: decoded(value)})
+                except SettingsError as error:  # what lies between two searched settings only a proposal can tell
+                    problems += [f"{self._at(name)}" + (p if p.startswith(name) else f"{name} = {value!r}: {p}")
+                                 for p in error.problems if not any(other in p for other in out if other != name)]
         if problems:
             raise UserError(f"search space {self.name}: {self.path}: " + "; ".join(problems))
         return out
@@ -82,8 +83,12 @@ class Space:
 
     def _converted(self, domains: dict[str, Any]) -> dict[str, Any]:
         from ray.tune.search.optuna import OptunaSearch
-        from ray.tune.search.sample import Categorical
+        from ray.tune.search.sample import Categorical, Domain
 
+        bare = [f"{self._at(name)}{name} = {value!r} is no domain: tune.choice([...]) searches values, BASE fixes one"
+                for name, value in domains.items() if not isinstance(value, (Domain, dict))]
+        if bare:
+            raise UserError(f"search space {self.name}: {self.path}: " + "; ".join(bare))
         for domain in domains.values():
             if isinstance(domain, Categorical):
                 domain.categories = [_encoded(value) for value in domain.categories]

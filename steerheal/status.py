@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 from steerheal import events, ledger, plan, waste
-from steerheal.display import clock, front_table, make_console, say_failures
+from steerheal.display import clock, front_table, make_console, say_failures, say_starved
 
 
 def show(folder: Path) -> int:
@@ -25,13 +25,18 @@ def show(folder: Path) -> int:
                   soft_wrap=True)
     found = events.read(folder)
     if live:
-        for trial, event in sorted(events.running(found).items()):
+        ended = set(table[table["end"].ne("")]["trial"])
+        since = max((session.start for session in events.sessions(folder, found)), default=0.0)
+        for trial, event in sorted(events.running(found, since).items()):
+            if trial in ended:
+                continue
             console.print(f"  trial {trial}  {event['where']}  {event.get('stage', '')}  "
                           f"{clock(max(time.time() - event['time'], 0))}", soft_wrap=True)
     if done:
         last = progress.iloc[-1]
         left = f", about {clock(3600 * last['hours'] / done * (total - done))} left at this pace" if done < total else ""
         console.print(f"hypervolume {last['hypervolume']:.4f} after {last['hours']:.2f} hours{left}", soft_wrap=True)
+    say_starved(console, table)
     say_failures(console, table, list(table["trial"][table["state"].eq("fail")]))
     if table["front"].any():
         console.print(front_table(table, ledger.searched(table)))

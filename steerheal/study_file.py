@@ -58,7 +58,9 @@ def _damage(path: Path) -> str:
     try:
         with contextlib.closing(sqlite3.connect(f"file:{path}?mode=rw", uri=True)) as db:
             found = db.execute("PRAGMA quick_check").fetchone()[0]
-            db.execute("SELECT count(*) FROM studies")  # an empty file passes the check
+            studies = db.execute("SELECT count(*) FROM studies").fetchone()[0]  # an empty file passes the check
+        if not studies and path.with_name(BACKUP).exists():
+            return "it holds no study"
         return "" if found == "ok" else found
     except sqlite3.DatabaseError as error:
         if error.sqlite_errorcode == sqlite3.SQLITE_BUSY:

@@ -22,7 +22,7 @@ def table(folder: Path) -> pd.DataFrame:
     found = events.read(folder)
     if not found:
         raise UserError(f"{folder} holds no events; name a folder that `python -m steerheal.search` wrote.")
-    store, seconds = Store(folder.parent / ".stages"), {}
+    store, seconds = Store(folder.absolute().parent / ".stages"), {}
     own = {e["digest"] for e in found if e["kind"] == "computed"}
     for digest in {e["digest"] for e in found if e["kind"] == "replayed"} - own:
         with contextlib.suppress(FileNotFoundError):  # cleaned away since

@@ -146,6 +146,10 @@ def test_another_readout_is_refused(make_search):
         pareto.data(make_search("a", trials=1), other)
 
 
+def test_more_searches_than_colours_are_drawn(make_search):
+    pareto.draw(pareto.data(*(make_search(f"s{i}", trials=1, rounds=1, seed=i) for i in range(7))))
+
+
 def test_color_takes_a_column_of_the_ledger(make_search):
     folder = make_search()
     for color in ("heal.tau", "heal.aggregate"):
@@ -223,6 +227,18 @@ def test_progress_counts_hours_of_computing_and_what_the_store_saved(make_search
     heal, scores = d.stages.set_index("stage").loc["heal"], d.stages.set_index("stage").loc["filter"]
     assert (heal["computed"], heal["saved"], heal["n_replayed"]) == (960.0, 600.0, 1)
     assert (scores["saved"], scores["n_unknown"]) == (0.0, 1)
+    progress.draw_folder(folder)
+
+
+def test_progress_without_any_replay_and_with_failed_trials(make_search, monkeypatch):
+    folder = make_search(trials=2)
+    study = progress.open_study(folder)
+    failed = optuna.trial.create_trial(state=optuna.trial.TrialState.FAIL, user_attrs=dict(index=2, end="error"))
+    failed.datetime_start, failed.datetime_complete = START, START + datetime.timedelta(hours=9)
+    study.add_trial(failed)
+    write_events(folder, [(START.timestamp(), 0, "computed", "heal", "a", 600.0)])
+    d = progress.data(folder)
+    assert list(d.trials["trial"]) == [0, 1] and d.stages["saved"].tolist() == [0.0]
     progress.draw_folder(folder)
 
 

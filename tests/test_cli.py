@@ -56,6 +56,7 @@ def test_listing_and_help_load_nothing_heavy(flag):
     (["quickstart", "--trials", "0", "--sampler", "magic"], ["--trials 0", "tpe, nsgaii, gp, random, grid"]),
     (["quickstart", "--hours", "-1", "--confirm", "0", "--gpus-per-trial", "-1"],
      ["--hours -1: must be above 0", "--confirm 0: must be at least 1", "--gpus-per-trial -1: must be at least 0"]),
+    (["quickstart", "--confirm", "2", "--restart"], ["--confirm goes with neither --dry-run nor --restart"]),
     (["quickstart", "--sampler", "grid"], ["heal.tau of space quickstart is a range", "tune.choice"]),
     (["reg", "--trials", "22"], ["the grid of reg has 21 points"]),
     (["--space", "nowhere.py"], ["nowhere.py: no such file"]),
@@ -124,6 +125,8 @@ def test_overrides_are_remembered_and_changes_are_refused(tmp_path):
         make(tmp_path, halving=True)
     assert make(tmp_path, overrides={"heal.micro_batch": 1}).settings.heal.micro_batch == 1  # speed may change
     assert make(tmp_path, trials=50).trials == 50
+    make(tmp_path, trials=2).write()
+    assert make(tmp_path).trials == 2  # and remembered, so that looking at a front does not lengthen its search
 
 
 def test_an_edited_file_is_another_search(tmp_path):

@@ -35,6 +35,14 @@ def test_runs_tried_before_keep_their_index():
     assert confirm._indexed(before, wanted) == {0: wanted[2], 1: wanted[0], 2: wanted[1], 3: wanted[3]}
 
 
+def test_a_space_that_searches_rounds_finds_its_runs():
+    front = FRONT.assign(rounds=4)
+    wanted = confirm.proposals(front, ["heal.tau", "rounds"], [1])
+    runs = study((wanted[0], [(0.3, 1.0)]), (wanted[1], [(0.5, 0.95), (0.9, 0.92)]))
+    found = confirm.results(front, ["heal.tau", "rounds"], 0, runs)
+    assert confirm.stays(found)["n"].tolist() == [1, 1, 1]
+
+
 def test_who_stays_and_how_much_seeds_move():
     wanted = confirm.proposals(FRONT, ["heal.tau"], [1, 2])
     runs = study((wanted[0], [(0.3, 1.0)]), (wanted[1], [(0.7, 0.99)]), (wanted[2], [(0.5, 0.95), (0.9, 0.92)]),

@@ -44,7 +44,7 @@ def test_too_few_dilemmas_name_the_way_out(tmp_path):
 
 def test_the_command_line_diagnoses(tiny_folder, tmp_path):
     flat = {k: str(v).lower() if isinstance(v, bool) else v for k, v in SETTINGS.items()}
-    done = subprocess.run([sys.executable, "-m", "steerheal.run", "--diagnose", "--model", str(tiny_folder), "--store",
+    done = subprocess.run([sys.executable, "-m", "steerheal.run", "--diagnose", "--model", str(tiny_folder), "--out",
                            str(tmp_path), "--set", *(f"{k}={v}" for k, v in flat.items())],
                           cwd=Path(__file__).parent.parent, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

@@ -53,6 +53,9 @@ def test_what_is_running_is_what_was_started_and_not_finished():
     found = [event("start", 0, "a"), event("computed", 0, "a"), event("start", 0, "b"), event("start", 1, "c"),
              event("start", 2, "d"), dict(event("error", 2, ""), where="boom")]
     assert {trial: e["digest"] for trial, e in events.running(found).items()} == {0: "b", 1: "c"}
+    loading = {k: v for k, v in event("start", 3, "").items() if k != "digest"}
+    assert not events.running([loading, event("replayed", 3, "a")])  # all of it came from the store
+    assert not events.running(found, since=found[0]["time"] + 1)  # what an earlier driver left
 
 
 def test_the_table_costs_what_was_only_read_by_the_stores_record(tmp_path):

@@ -190,6 +190,19 @@ def test_a_damaged_study_comes_back_from_its_backup(tmp_path, damage):
     assert study_file.mend(tmp_path) == ""
 
 
+def test_looking_at_a_search_without_its_study_leaves_the_backup_to_come_back(tmp_path):
+    make_study(tmp_path, 3)
+    study_file.back_up(tmp_path)
+    (tmp_path / "study.db").unlink()
+    with pytest.raises(UserError, match="puts it back"):
+        ledger.open_study(tmp_path)
+    assert not (tmp_path / "study.db").exists()
+    with contextlib.suppress(KeyError):  # another program may make an empty one all the same
+        optuna.load_study(study_name="steerheal", storage=ledger.storage_url(tmp_path))
+    assert "it holds no study" in study_file.mend(tmp_path)
+    assert len(ledger.open_study(tmp_path).trials) == 3
+
+
 def test_a_study_damaged_beyond_its_backup_starts_anew_and_is_kept(tmp_path):
     make_study(tmp_path, 2)
     (tmp_path / "study.db").write_bytes(b"not a database")
@@ -242,6 +255,17 @@ def test_a_model_that_diverged_fails_its_trial_and_says_so(trial, monkeypatch):
     told.on_trial_complete("a", result)
     table = ledger.build(study)
     assert list(table["state"]) == ["fail"] and "not finite" in table["error"][0] and not table["front"].any()
+
+
+def test_a_proposal_that_cannot_be_ends_its_trial_and_not_the_search(trial):
+    """A searched setting at fault is this proposal's; the same mistake in what all trials share is everyone's."""
+    wrong = {"generate.n_keep": 8, "generate.min_train": 12}
+    shared = trial(**wrong)
+    assert shared.step()["fatal"]
+    own = trial()
+    own.trial_config["params"] = wrong
+    result = own.step()
+    assert result["end"] == "error" and "generate.min_train = 12" in result["error"] and not result["fatal"]
 
 
 def test_a_full_disk_ends_the_search_in_words(trial, tmp_path):

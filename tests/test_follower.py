@@ -8,7 +8,7 @@ from steerheal import follower
 
 
 @pytest.fixture
-def search(monkeypatch):
+def search(monkeypatch, tmp_path):
     """A follower on a clock of its own. `rounds` is the study's length, and what a rebuild costs in seconds, a tenth of it;
     `shown` are the lengths that were rebuilt."""
     state = SimpleNamespace(now=100.0, rounds=0, spent=0.0, shown=[])
@@ -20,9 +20,10 @@ def search(monkeypatch):
 
     monkeypatch.setattr(follower.time, "monotonic", lambda: state.now)
     monkeypatch.setattr(follower.study_file, "back_up", lambda folder: None)
-    monkeypatch.setattr(follower.report, "refresh", lambda folder: None)
+    state.pages = []
+    monkeypatch.setattr(follower.report, "refresh", state.pages.append)
     monkeypatch.setattr(follower.ledger, "write", rebuild)
-    state.views = follower.Follower(None, None, state.shown.append)
+    state.views = follower.Follower(tmp_path, None, state.shown.append)
     return state
 
 
@@ -63,3 +64,12 @@ def test_the_end_of_a_run_does_not_wait(search):
     assert search.shown == [10, 11]
     search.views.catch_up(now=True)
     assert search.shown == [10, 11]
+
+
+def test_there_is_a_page_where_there_is_a_search(search, tmp_path):
+    search.views.change()
+    assert search.pages == []  # the runs that confirm a front are no search of their own
+    (tmp_path / "search.json").write_text("{}")
+    search.views.change()
+    search.views.catch_up(now=True)
+    assert search.pages == [tmp_path]

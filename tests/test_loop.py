@@ -105,6 +105,7 @@ def test_starved_is_a_named_end(tmp_path, monkeypatch):
     monkeypatch.setattr(filtering, "gates", lambda scores, settings: filtering.Gates(100.0, 100.0))
     loop, rounds, _ = run(tmp_path)
     assert rounds == [] and loop.end == "starved"
+    assert loop.why.startswith("round 0: 0 completions survived the filter (dropped for ") and "generate.min_train" in loop.why
 
 
 def test_the_order_of_work_in_a_round(tmp_path):

@@ -65,6 +65,13 @@ def test_items_average_to_the_ledger(search):
     assert table[-1]["conduct"] == pytest.approx(base["conduct_nats"]) and json.loads(base["stages"])["conduct"]
 
 
+def test_before_the_first_round_there_is_a_sentence(tmp_path):
+    pd.DataFrame(dict(trial=[0], round=pd.array([pd.NA], "Int64"))).to_parquet(tmp_path / "ledger.parquet")
+    (tmp_path / "baselines.csv").write_text("\n")
+    with pytest.raises(UserError, match="no round is finished yet"):
+        records.diary(tmp_path)
+
+
 def test_a_folder_without_a_ledger_is_told(tmp_path):
     with pytest.raises(UserError, match="holds no ledger"):
         records.samples(tmp_path)

@@ -213,6 +213,23 @@ def test_a_live_refresh_reads_no_completions(folder, monkeypatch):
     assert "written again after each round" in text and (folder / "pareto.png").stat().st_size > 0
 
 
+def test_trials_that_starved_are_told_apart_from_those_that_failed(folder):
+    study = ledger.open_study(folder)
+    trial = study.ask({"heal.tau": optuna.distributions.FloatDistribution(0.01, 1.0, log=True)})
+    for name, value in (("index", 3), ("end", "starved"), ("error", "round 0: 2 completions survived")):
+        trial.set_user_attr(name, value)
+    study.tell(trial, [0.0, 1.0])
+    ledger.write(study, folder)
+    values = report.data(folder)
+    assert "Trial 3 starved in round 0: 2 completions survived." in values["sentences"]
+    assert [t for t, _ in values["failed"]] == [2]
+
+
+@pytest.mark.parametrize("value,text", [(75981, "75981"), (1330.0, "1330"), (0.12345, "0.123"), ("mean", "mean"), (None, "")])
+def test_whole_numbers_stand_in_full(value, text):
+    assert report.setting(value).text == text
+
+
 def test_settings_say_where_they_come_from(folder):
     rows = {name: (value, source) for name, value, source in report.data(folder)["settings"]}
     assert rows["heal.tau"] == ("FloatDistribution()", "searched")

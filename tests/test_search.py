@@ -194,7 +194,7 @@ def test_one_loop_without_a_search_gives_the_searchs_numbers(undisturbed, tiny_f
 
     flat = quickstart.BASE | TINY | {"heal.tau": float(first["heal.tau"])}
     overrides = [f"{k}={json.dumps(v) if not isinstance(v, str) else v}" for k, v in flat.items()]
-    command = [sys.executable, "-m", "steerheal.run", "--model", str(tiny_folder), "--store", str(out / ".stages"),
+    command = [sys.executable, "-m", "steerheal.run", "--model", str(tiny_folder), "--out", str(out),
                "--export", str(tmp_path / "a"), "--set", *overrides]
     done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, timeout=200)
     assert done.returncode == 0, done.stderr

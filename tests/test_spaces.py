@@ -61,6 +61,9 @@ def test_a_product_of_choices_is_a_grid_and_lists_survive(tmp_path):
     (domains('{"heal.tau": tune.uniform(-1, 2),\n            "heal.aggregat": tune.choice(["mean"])}'),
      ["line 8: heal.tau = -1.0: must be at least 0", "line 9: heal.aggregat: no such setting"]),
     (domains('{"heal.aggregate": tune.choice(["mean", "avg"])}'), ["heal.aggregate = 'avg': allowed: mean"]),
+    (domains('{"heal.tau": 0.07,\n            "heal.aggregate": ["mean", "rmse"], "heal.lam": tune.uniform(0.1, 1)}'),
+     ["line 8: heal.tau = 0.07 is no domain", "line 9: heal.aggregate = ['mean', 'rmse'] is no domain", "tune.choice"]),
+    (domains('{"generate.n_keep": tune.choice([8, 48])}'), ["line 8: generate.n_keep = 8: generate.min_train = 12"]),
     (domains('{"heal.tau": tune.grid_search([1, 2])}'), ["line 5: domains()", "tune.choice"]),
     (domains('{"heal.tau": tune.unifrom(0, 1)}'), ["line 8", "AttributeError"]),
     (HEAD + 'def points():\n    return [{"seed": 1}, {"rounds": 2}]\n', ["line 5: points()", "the same settings"]),
@@ -70,6 +73,13 @@ def test_a_broken_file_names_line_and_field(text, words, tmp_path):
         spaces.load(write(tmp_path, text)).distributions()
     for word in ["mine", *words]:
         assert word in str(caught.value)
+
+
+def test_a_domain_is_judged_beside_its_base(tmp_path):
+    text = domains('{"generate.min_train": tune.choice([30, 60])}').replace("BASE = {}", 'BASE = {"generate.n_keep": 96}')
+    assert spaces.load(write(tmp_path, text)).distributions()
+    both = domains('{"generate.n_keep": tune.choice([8, 48]), "generate.min_train": tune.choice([4, 24])}')
+    assert len(spaces.load(write(tmp_path, both)).distributions()) == 2  # some pairs are good; a bad one fails as a trial
 
 
 def test_a_broken_file_does_not_hide_the_others(tmp_path, monkeypatch, capsys):

@@ -39,6 +39,25 @@ def test_a_running_search_shows_its_stage_and_front(folder, capsys):
     assert "hypervolume 0.0500" in out and "left at this pace" in out and "+0.500 [+0.400, +0.600]" in out
 
 
+def test_a_trial_that_ended_or_died_with_its_driver_is_not_running(folder, capsys):
+    study = ledger.open_study(folder)
+    trial = study.ask(DISTRIBUTIONS)
+    trial.set_user_attr("index", 2)
+    trial.set_user_attr("end", "starved")
+    trial.set_user_attr("error", "round 0: 3 completions survived")
+    study.tell(trial, (0.0, 1.0))
+    ledger.write(study, folder)
+    now = time.time()
+    with (folder / "events" / "w.jsonl").open("a") as file:  # trial 1's start is of a driver before
+        file.write(json.dumps(dict(time=now, trial=2, where="round 0", kind="start", stage="heal", digest="e")) + "\n")
+    (folder / "sessions.jsonl").write_text(json.dumps(dict(kind="start", time=now - 50, concurrent=1)) + "\n")
+    with locked(folder / ".lock"):
+        status.show(folder)
+    out = capsys.readouterr().out
+    assert "  trial 1" not in out and "  trial 2" not in out
+    assert "trial 2 starved in round 0: 3 completions survived" in out
+
+
 def test_a_search_that_nobody_runs_says_how_to_go_on(folder, capsys):
     status.show(folder)
     out = capsys.readouterr().out

@@ -64,7 +64,7 @@ class HealTrial(tune.Trainable):
             if self.loop is None:
                 self._open()
             round_ = next(self.rounds, None)
-            result["end"] = self.loop.end or ""
+            result |= dict(end=self.loop.end or "", error=self.loop.why)
             if round_ is not None:
                 result["row"] = json.dumps(round_.row())
                 if round_.outcome.round == 0:
@@ -73,8 +73,9 @@ class HealTrial(tune.Trainable):
         except Stop:
             result["end"] = "stopped"
         except UserError as error:
-            # the settings' or the machine's fault, not this proposal's: every other trial would meet it too
-            result |= dict(end="error", error=str(error), fatal=True)
+            # where no searched setting is named, every other trial would meet it too: the settings' or the machine's fault
+            own = any("." in name and name in str(error) for name in self.trial_config["params"])
+            result |= dict(end="error", error=str(error), fatal=not own)
         except MemoryError as error:
             result |= dict(end="out of memory", error=str(error))
         except Exception as error:
