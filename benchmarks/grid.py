@@ -24,7 +24,7 @@ BASE = {
 }
 SAMPLER = "grid"
 TRIALS = 64
-COST = "not timed yet: baselines and four doses once, then a heal and an evaluation for each of 64 trials"
+COST = "46 minutes of stages on 2 CPU cores: baselines and four doses once, then a heal and an evaluation per trial"
 
 
 def domains():
