@@ -1,9 +1,9 @@
 """python -m benchmarks.faults [--small]: kill a search again and again, then ask whether anyone could tell.
 
 Three searches on a tiny model, each with a stage store of its own. One is left alone. One has its driver killed (SIGKILL) at
-20 random moments (3 with --small), each time followed by the same command. One runs on a small file system that fills up
-in the middle, is given more room, and goes on. Compared with the first: front, trials lost or doubled, stages computed
-twice, trials left RUNNING in the study, processes left behind.
+20 random moments (3 with --small), each time followed by the same command. One runs on a file system that another
+program fills in the middle, is given room, and goes on. Compared with the first: front, trials lost or doubled, stages
+computed twice, trials left RUNNING in the study, processes left behind.
 
 Moments are drawn in stages done, so that they spread over the whole search on a machine of any speed, with a random
 delay behind; every fourth lies within the start, before anything runs.
@@ -12,6 +12,7 @@ delay behind; every fourth lies within the start, before anything runs.
 from __future__ import annotations
 
 import collections
+import contextlib
 import random
 import subprocess
 import sys
@@ -70,6 +71,7 @@ def main() -> None:
         text, code = run(model, root / "killed", settings, trials=trials)
         assert code == 0, text
         result = compare(alone, killed)
+        print(f"killed {kills} times: {result}", flush=True)
         result["orphans"] = sum(len(members(session)) for session in sessions)
         print(f"disk full: {disk_full(root, model, settings, trials, alone)}", flush=True)
     print("RESULT", *(f"{k}={str(v).lower()}" for k, v in dict(kills=kills, **result).items()))
@@ -94,16 +96,20 @@ def disk_full(root: Path, model: Path, settings: dict[str, Any], trials: int, al
     """Fill a file system in the middle of a search, give it room, go on. In words."""
     disk = root / "disk"
     disk.mkdir()
-    size = sum(f.stat().st_size for f in alone.parent.rglob("*") if f.is_file()) // 2048
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}k", "tmpfs", str(disk)], capture_output=True,
-                             text=True)
+    # room enough for the check before the start; another program's file takes it in the middle
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1g", "tmpfs", str(disk)], capture_output=True, text=True)
     if mounted.returncode:
         return f"skipped, no file system can be mounted here ({mounted.stderr.strip()})"
     try:
-        text, code = run(model, disk, settings, trials=trials)
+        process = start(model, disk, settings, trials=trials)
+        wait_for(disk / NAME, process, lambda e: e["kind"] == "computed", len(computed(alone)) // 2)
+        with (disk / "other").open("wb", buffering=0) as other, contextlib.suppress(OSError):
+            while True:
+                other.write(bytes(2**16))
+        text, code = process.communicate(timeout=1800)[0], process.returncode
         assert code == 2 and "disk is full" in text and "Traceback" not in text, text
         before = len(computed(disk / NAME))
-        subprocess.run(["mount", "-o", f"remount,size={16 * size}k", str(disk)], check=True)
+        (disk / "other").unlink()
         text, code = run(model, disk, settings, trials=trials)
         assert code == 0, text
         counts = compare(alone, disk / NAME)
