@@ -68,7 +68,9 @@ class Plan:
 
 def _contents(settings: Settings) -> dict[str, str]:
     """Hashes of the files that settings name: an edited file is another instrument under the same path."""
-    named = {"persona": settings.persona, "evaluate.items": settings.evaluate.items}
+    persona, items = settings.persona, settings.evaluate.items
+    named = {"persona": persona} if persona.endswith(".toml") else {}
+    named |= {"evaluate.items": items} if items != "builtin" else {}
     return {f"content of {field}": hashlib.sha256(Path(value).read_bytes()).hexdigest()[:16]
             for field, value in named.items() if Path(value).is_file()}
 

@@ -55,7 +55,7 @@ class Space:
                     from_flat(self.base | {name: decoded(value)})
                 except SettingsError as error:  # what lies between two searched settings only a proposal can tell
                     problems += [f"{self._at(name)}" + (p if p.startswith(name) else f"{name} = {value!r}: {p}")
-                                 for p in error.problems if not any(other in p for other in out if other != name)]
+                                 for p in error.problems if not any(f"{other} =" in p for other in out if other != name)]
         if problems:
             raise UserError(f"search space {self.name}: {self.path}: " + "; ".join(problems))
         return out

@@ -28,7 +28,7 @@ def folder(tiny_folder, tmp_path_factory):
     out = tmp_path_factory.mktemp("results")
     overrides = TINY | {"rounds": 2, "heal.lr": 0.01}
     given = tuple(f"{k}={json.dumps(v) if not isinstance(v, str) else v}" for k, v in overrides.items())
-    assert run.run(run.Args(model=str(tiny_folder), set=given, store=out / ".stages")) == 0
+    assert run.run(run.Args(model=str(tiny_folder), set=given, out=out)) == 0
     [made] = out.glob("run-*")
     table = ledger.read(made)
     table["front"] = table["deliverable"] = True
