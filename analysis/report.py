@@ -24,7 +24,7 @@ import tyro
 from analysis import folders, page, versus
 from steerheal import gates, ledger, plan, spaces
 from steerheal.cli import run_main
-from steerheal.display import interval
+from steerheal.display import interval, starved
 from steerheal.errors import UserError
 from steerheal.objectives import COHERENCE_FLOOR, DEGRADED, FLUENCY_FLOOR, VERDICTS
 from steerheal.settings import leaves
@@ -132,7 +132,7 @@ def data(folder: Path, whole: bool = True) -> dict[str, Any]:
     front = ledger.front(table)
     done = table[table["state"] == "complete"]["trial"].nunique()
     against = _optional("the baselines", lambda: versus.sentences(versus.table(folders.read(folder)))) if len(rounds) else None
-    failed = table[table["error"].ne("") & table["state"].eq("fail")].drop_duplicates("trial")
+    failed = table[table["error"].ne("") & table["end"].ne("starved")].drop_duplicates("trial")
     return dict(
         title=f"{search['name']}: steerheal report", name=search["name"], search=search, hypothesis=_hypothesis(search),
         written=time.strftime("%Y-%m-%d %H:%M"), done=done, whole=whole,
@@ -207,12 +207,6 @@ def sentences(rounds: pd.DataFrame, against: list[str]) -> list[str]:
                f"base's coherence: trial {best['trial']} round {best['round']}, verdict {best['verdict']}"
                + "".join(f"; flagged {flag}: {FLAGS[flag]}" for flag in best["flags"].split()) + ".")
     return [*out, *against, "Intervals are 95% over items; the noise between run seeds is not in them."]
-
-
-def starved(table: pd.DataFrame) -> list[str]:
-    """Trials that ended for want of completions, in words."""
-    rows = table[table["end"].eq("starved")].drop_duplicates("trial")
-    return [f"Trial {row['trial']} starved in {row['error']}." for _, row in rows.iterrows()]
 
 
 # ---------------------------------------------------------------- tables

@@ -156,10 +156,10 @@ def say_failures(console: Console, table: pd.DataFrame, left: list[int]) -> None
         console.print(f"trial {row['trial']} failed: {row['error']}", soft_wrap=True)
 
 
-def say_starved(console: Console, table: pd.DataFrame) -> None:
-    """Which trials ended for want of completions, and what dropped them."""
-    for _, row in table[table["end"].eq("starved")].drop_duplicates("trial").iterrows():
-        console.print(f"trial {row['trial']} starved in {row['error']}", soft_wrap=True)
+def starved(table: pd.DataFrame) -> list[str]:
+    """A sentence for each trial that ended for want of completions, with what dropped them."""
+    rows = table[table["end"].eq("starved")].drop_duplicates("trial")
+    return [f"Trial {row['trial']} starved in {row['error']}." for _, row in rows.iterrows()]
 
 
 def interval(row: pd.Series) -> str:

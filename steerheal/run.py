@@ -93,7 +93,8 @@ def _loop(args: Args, settings: Settings, folder: Path) -> int:
                 print(f"    {gate}  {answer}", flush=True)
             single.add(loop, round_)
             chain = round_.chain
-    print(f"ended: {loop.end}\nreport: {single.finish(str(loop.end)) / 'report.html'}")
+    print(f"ended: {loop.end}" + (f" in {loop.why}" if loop.why else ""))
+    print(f"report: {single.finish(str(loop.end), loop.why) / 'report.html'}")
     if args.export and chain:
         rounds = [history.from_tensors(loop.bench.stored(digest).tensors) for digest in chain]
         history.export(history.fold(rounds), args.export, base_name(settings.model), single.commit)

@@ -188,7 +188,7 @@ def _finish(plan: Plan, study: Any, params: list[str], ended: Any) -> int:
     """Rebuild every view, show the front, say what went wrong and how to go on."""
     from analysis import report
     from steerheal import ledger, searcher, views
-    from steerheal.display import front_table, make_console, say_failures, say_starved
+    from steerheal.display import front_table, make_console, say_failures, starved
 
     table = ledger.write(study, plan.folder)
     drawn = report.refresh(plan.folder, whole=True)
@@ -199,7 +199,8 @@ def _finish(plan: Plan, study: Any, params: list[str], ended: Any) -> int:
         console.print(front_table(table, params))
     else:
         console.print("No round was deliverable yet (coherence kept >= 0.85 and fluency kept >= 0.80).")
-    say_starved(console, table)
+    for sentence in starved(table):
+        console.print(sentence, soft_wrap=True)
     if "trait" in study.user_attrs:
         console.print(f"trait readout: {study.user_attrs['trait']}", soft_wrap=True)
     console.print(f"hypervolume {ledger.hypervolume(table):.4f} nats x coherence, above 0 nats and coherence kept 0.85")

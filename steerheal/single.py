@@ -56,9 +56,10 @@ class Single:
         ledger.write(self.study, self.folder)
         report.refresh(self.folder)
 
-    def finish(self, end: str) -> Path:
-        """The loop ended: close the study, draw every figure. The folder."""
+    def finish(self, end: str, why: str) -> Path:
+        """The loop ended, and why if it says so: close the study, draw every figure. The folder."""
         self.trial.set_user_attr("end", end)
+        self.trial.set_user_attr("error", why)
         if best := objectives.best(self.rounds):
             self.study.tell(self.trial, [best["trait_gain"], best["coherence_kept"]])
         else:

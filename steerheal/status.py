@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 from steerheal import events, ledger, plan, waste
-from steerheal.display import clock, front_table, make_console, say_failures, say_starved
+from steerheal.display import clock, front_table, make_console, say_failures, starved
 
 
 def show(folder: Path) -> int:
@@ -36,7 +36,8 @@ def show(folder: Path) -> int:
         last = progress.iloc[-1]
         left = f", about {clock(3600 * last['hours'] / done * (total - done))} left at this pace" if done < total else ""
         console.print(f"hypervolume {last['hypervolume']:.4f} after {last['hours']:.2f} hours{left}", soft_wrap=True)
-    say_starved(console, table)
+    for sentence in starved(table):
+        console.print(sentence, soft_wrap=True)
     say_failures(console, table, list(table["trial"][table["state"].eq("fail")]))
     if table["front"].any():
         console.print(front_table(table, ledger.searched(table)))

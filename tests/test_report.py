@@ -23,6 +23,7 @@ from steerheal import ledger
 from steerheal.errors import UserError
 from steerheal.personas import FOUNDATIONS
 from steerheal.settings import Settings, to_flat
+from steerheal.single import Single, folder_of
 from steerheal.stages import Result, Store
 
 EVIL = ('He said "no" & \'yes\' <script>window.ran = 1</script><img src=x onerror="window.ran = 1">\n\n# `no` **heading**\n'
@@ -223,6 +224,13 @@ def test_trials_that_starved_are_told_apart_from_those_that_failed(folder):
     values = report.data(folder)
     assert "Trial 3 starved in round 0: 2 completions survived." in values["sentences"]
     assert [t for t, _ in values["failed"]] == [2]
+
+
+def test_a_single_run_that_starved_says_what_dropped_its_completions(tiny_folder, tmp_path):
+    settings = Settings(model=str(tiny_folder))
+    out = Single(folder_of(tmp_path, settings), settings).finish("starved", "round 0: 2 completions survived")
+    values = report.data(out)
+    assert "Trial 0 starved in round 0: 2 completions survived." in values["sentences"] and values["failed"] == []
 
 
 @pytest.mark.parametrize("value,text", [(75981, "75981"), (1330.0, "1330"), (0.12345, "0.123"), ("mean", "mean"), (None, "")])

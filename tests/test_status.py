@@ -55,7 +55,7 @@ def test_a_trial_that_ended_or_died_with_its_driver_is_not_running(folder, capsy
         status.show(folder)
     out = capsys.readouterr().out
     assert "  trial 1" not in out and "  trial 2" not in out
-    assert "trial 2 starved in round 0: 3 completions survived" in out
+    assert "Trial 2 starved in round 0: 3 completions survived." in out
 
 
 def test_a_search_that_nobody_runs_says_how_to_go_on(folder, capsys):
