@@ -22,7 +22,7 @@ import pandas as pd
 import tyro
 
 from analysis import folders, page, versus
-from steerheal import gates, ledger, plan, spaces
+from steerheal import gates, ledger, plan
 from steerheal.cli import run_main
 from steerheal.display import interval, starved
 from steerheal.errors import UserError
@@ -134,8 +134,8 @@ def data(folder: Path, whole: bool = True) -> dict[str, Any]:
     against = _optional("the baselines", lambda: versus.sentences(versus.table(folders.read(folder)))) if len(rounds) else None
     failed = table[table["error"].ne("") & table["end"].ne("starved")].drop_duplicates("trial")
     return dict(
-        title=f"{search['name']}: steerheal report", name=search["name"], search=search, hypothesis=_hypothesis(search),
-        written=time.strftime("%Y-%m-%d %H:%M"), done=done, whole=whole,
+        title=f"{search['name']}: steerheal report", name=search["name"], search=search,
+        hypothesis=search.get("hypothesis", ""), written=time.strftime("%Y-%m-%d %H:%M"), done=done, whole=whole,
         trait=_trait_reason(folder), hypervolume=ledger.hypervolume(table),
         sentences=sentences(rounds, against or []) + starved(table),
         verdicts=VERDICTS, flags=FLAGS, floors=dict(coherence=COHERENCE_FLOOR, fluency=FLUENCY_FLOOR, sane=DEGRADED),
@@ -145,13 +145,6 @@ def data(folder: Path, whole: bool = True) -> dict[str, Any]:
         diary=_optional("the diary", lambda: _diary(folder)) if whole and len(front) else None,
         samples=_optional("samples", lambda: samples(folder, front)) or [] if whole and len(front) else [],
         settings=settings_rows(search), loading=_loading(search, front))
-
-
-def _hypothesis(search: dict[str, Any]) -> str:
-    try:
-        return spaces.load(search["space"]).hypothesis
-    except UserError:  # the space's file is gone, or this is a single run
-        return ""
 
 
 def _trait_reason(folder: Path) -> str:

@@ -66,8 +66,8 @@ def data(folder: Path, trial: int | None = None) -> Data:
         words = "no round is deliverable; the most coherent trial"
     wanted = {}
     with contextlib.suppress(UserError):  # a trait file of one's own may have stayed on another machine
-        persona = personas.load(search.settings["persona"])
-        wanted = {persona.foundation: persona.direction}
+        persona, asked = personas.load(search.settings["persona"]), search.settings["evaluate.trait"]
+        wanted = {asked[1:]: 1 if asked[0] == "+" else -1} if asked[0] in "+-" else {persona.foundation: persona.direction}
     return Data(search.name, search.trait, pd.concat([_states(search, t) for t in shown], ignore_index=True), wanted,
                 1 - COHERENCE_FLOOR * search.base["coherence"], words)
 

@@ -3,10 +3,12 @@
 HYPOTHESIS = ("The barrier's threshold tau trades trait for coherence: near 0 healing undoes the steering, far above the "
               "operating KL the barrier is inert.")
 BASE = {
+    "model": "smollm2-135m-instruct",  # on a large card, too: a first search ends while you watch
     "rounds": 2,
     "steer.contexts": 48,
     "generate.prompts": 8,
     "generate.n_keep": 24,
+    "generate.min_train": 12,
     "heal.epochs": 2,
     "heal.lr": 5e-4,  # few steps, so larger ones: at the default rate no tau in the domain would bind
     "heal.lam": 1.0,

@@ -2,6 +2,7 @@
 
 HYPOTHESIS = "None: one trial of one short round, to see that model, store, Ray and plots work here."
 BASE = {
+    "model": "smollm2-135m-instruct",
     "rounds": 1,
     "steer.contexts": 16,
     "generate.prompts": 4,

@@ -44,19 +44,19 @@ def decoding(lm: LM, rows: int) -> Iterator[None]:
     """
     usable = lm.device.type == "cpu" and torch.backends.mkldnn.is_available()
     layers = [m for m in lm.model.modules() if type(m) is nn.Linear and m.weight.dtype == torch.bfloat16 and usable]
-    for layer in layers:
-        weight = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), rows)
-
-        def forward(x: Tensor, weight: Tensor = weight, bias: Tensor | None = layer.bias) -> Tensor:
-            return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-
-        layer.forward = forward  # type: ignore[assignment]
     try:
+        for layer in layers:
+            weight = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), rows)
+
+            def forward(x: Tensor, weight: Tensor = weight, bias: Tensor | None = layer.bias) -> Tensor:
+                return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+            layer.forward = forward  # type: ignore[assignment]
         with products(lm):
             yield
     finally:
         for layer in layers:
-            del layer.forward
+            vars(layer).pop("forward", None)
 
 
 def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,

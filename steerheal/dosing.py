@@ -47,9 +47,9 @@ class Harvest(Generic[T]):
 
     @property
     def survival(self) -> float:
-        """Share that survived at the chosen kappa, over all batches."""
-        drawn = sum(b.drawn for b in self.batches)
-        return sum(len(b.survivors) for b in self.batches) / drawn if drawn else self.probes[-1].survival
+        """Share that survived at the chosen kappa: over all batches, or where probes were enough, over its probe."""
+        draws = self.batches or [d for d in self.probes if d.kappa == self.kappa]
+        return sum(len(d.survivors) for d in draws) / sum(d.drawn for d in draws)
 
 
 def walk(probe: Callable[[int, float], Draw[T]], batch: Callable[[int, float], Draw[T]], *, pass_target: float,

@@ -92,7 +92,8 @@ def _tune(plan: Plan, search: searcher.StudySearcher, machine: Machine, count: i
     from trainables.heal_loop import HealTrial
 
     class Halt(tune.Stopper):
-        """Ends the whole run at a user's request or at an error that every trial would meet, and trials by halving."""
+        """Ends the whole run at an error that every trial would meet, and trials by halving; at a user's request no trial
+        begins any more."""
 
         fatal = ""
 
@@ -102,7 +103,9 @@ def _tune(plan: Plan, search: searcher.StudySearcher, machine: Machine, count: i
 
         def stop_all(self) -> bool:
             search.idle()  # through the searcher, because Ray pickles this class with all that it names
-            return bool(Halt.fatal) or (plan.folder / ".stop").exists()
+            if (plan.folder / ".stop").exists():
+                search.todo.clear()  # workers end at their next stage by themselves; those that Ray stops it kills after 10 s
+            return bool(Halt.fatal)
 
     class Recovered(tune.Callback):
         """A worker's death in a sentence; Ray would print its own traceback."""

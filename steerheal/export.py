@@ -77,8 +77,9 @@ def factors(member: Member) -> dict[str, Any]:
     for digest in json.loads(member.row["chain"]):
         found = member.store.load(digest)
         if found is None:
-            raise UserError(f"{member.name}: the stage store {member.store.root} lacks {digest}. Give the search's command "
-                            f"again (it computes only what is missing), or put the store back beside the search.")
+            raise UserError(f"{member.name}: the stage store {member.store.root} lacks {digest}. Put the store back beside "
+                            f"the search, or take a copy under adapters/ in its folder; the search's command with --restart "
+                            f"computes all of it again.")
         rounds.append(history.from_tensors(found.tensors))
     return history.fold(rounds)
 

@@ -9,12 +9,16 @@ SpecInfer, Miao et al. 2024, arXiv:2305.09781, used here for scoring.)
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.functional import embedding
 from transformers import DynamicCache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from steerheal.models import LM
 
@@ -35,6 +39,73 @@ class Pack:
     depth: Tensor  # [n] positions in their sequences
     end: Tensor  # [n] one past each node's last descendant
     paths: dict[int, Tensor]
+
+    def to(self, device: torch.device) -> Pack:
+        """The same with what the model reads on its device."""
+        return Pack(self.ids.to(device), self.depth.to(device), self.end.to(device), self.paths)
+
+
+@dataclass
+class Rows:
+    """The sequences of a pack as rows of its nodes, padded at their ends."""
+
+    nodes: Tensor  # [rows, width] the node at each place; where a row has ended, node 0
+    places: Tensor  # [n] one of the places of each node, counted row after row
+
+    def spread(self, x: Tensor) -> Tensor:
+        """[1, heads, n, d] by nodes -> [rows, heads, width, d] by rows."""
+        return embedding(self.nodes, x.transpose(1, 2).flatten(2)[0]).unflatten(2, (x.shape[1], -1)).transpose(1, 2)
+
+    def merge(self, x: Tensor) -> Tensor:
+        """[rows, width, heads, d] by rows -> [1, n, heads, d] by nodes."""
+        return embedding(self.places, x.flatten(2).flatten(0, 1)).unflatten(1, x.shape[2:])[None]
+
+    def mask(self, window: int | None) -> Tensor | None:
+        """What each place sees of its row, as attention under a sliding window takes it; None for all before it."""
+        place = torch.arange(self.nodes.shape[1], device=self.nodes.device)
+        back = place[:, None] - place[None]
+        return None if window is None or len(place) <= window else ((back >= 0) & (back < window))[None, None]
+
+
+@contextlib.contextmanager
+def attention_by_rows() -> Iterator[None]:
+    """Attention under `training_states` is done row by row: its cost is that of the rows, not of the pack squared."""
+    whole = ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+    def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+                  rows: Rows | None = None, **options: Any) -> tuple[Tensor, None]:
+        if rows is None:
+            return whole(module, query, key, value, attention_mask, **options)
+        out, _ = whole(module, *map(rows.spread, (query, key, value)), rows.mask(options.get("sliding_window")), **options)
+        return rows.merge(out), None
+
+    ALL_ATTENTION_FUNCTIONS["sdpa"] = attention
+    try:
+        yield
+    finally:
+        ALL_ATTENTION_FUNCTIONS["sdpa"] = whole
+
+
+def training_states(lm: LM, sequences: Sequence[list[int]], first: Sequence[int]) -> Tensor:
+    """Final hidden states of each sequence at positions first[i] .. end, through which gradients flow.
+
+    All sequences are one pack, so what several of them begin with is computed, and differentiated, once.
+
+    Returns:
+        [sum of (len(sequence) - first[i]), d], sequence after sequence.
+    """
+    (pack,) = packs(sequences, 0, sum(map(len, sequences)))
+    nodes = torch.zeros(len(sequences), max(map(len, sequences)), dtype=torch.long)
+    places = torch.empty_like(pack.ids)
+    for i, path in pack.paths.items():
+        nodes[i, : len(path)] = path
+        places[path] = i * nodes.shape[1] + torch.arange(len(path))
+    wanted = torch.cat([pack.paths[i][start:] for i, start in enumerate(first)])
+    pack = pack.to(lm.device)
+    # attention other than sdpa knows nothing of rows and goes by the mask
+    states = lm.decoder(input_ids=pack.ids[None], position_ids=pack.depth[None], attention_mask=_masks(lm, pack, 0),
+                        use_cache=False, rows=Rows(nodes.to(lm.device), places.to(lm.device))).last_hidden_state
+    return states[0, wanted.to(states.device)]
 
 
 @torch.no_grad()
@@ -60,7 +131,7 @@ def run_packs(lm: LM, sequences: Sequence[list[int]], keep: int | None = None,
         lm.decoder(input_ids=torch.tensor([sequences[0][:shared]], device=lm.device), past_key_values=cache,
                    use_cache=True)
     for pack in packs(sequences, shared, PACK_TOKENS[lm.device.type]):
-        pack = Pack(pack.ids.to(lm.device), pack.depth.to(lm.device), pack.end.to(lm.device), pack.paths)
+        pack = pack.to(lm.device)
         out = lm.decoder(input_ids=pack.ids[None], position_ids=pack.depth[None], attention_mask=_masks(lm, pack, shared),
                          past_key_values=cache, use_cache=cache is not None)
         yield pack, shared, out.last_hidden_state

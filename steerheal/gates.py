@@ -42,8 +42,8 @@ def answers(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
         "Q1": f"{r['verdict']}: {VERDICTS[r['verdict']]}."
               + (f" {r['retain']:.0%} of the steered step was kept." if _number(r["retain"]) else ""),
         "Q2": "Coherence over the rounds: " + ", ".join(f"{k:.2f}" for k in kept)
-              + (", all deliverable." if min(kept) >= COHERENCE_FLOOR else f"; round {kept.index(min(kept))} fell through the "
-                 f"floor of {COHERENCE_FLOOR}."),
+              + (", none under the floor." if min(kept) >= COHERENCE_FLOOR else
+                 f"; round {kept.index(min(kept))} fell through the floor of {COHERENCE_FLOOR}."),
         "Q3": "The vector has no common space with round 0's." if not _number(r["cos_v0"]) else
               f"The vector's cosine with round 0's is {r['cos_v0']:.2f}: "
               + ("one direction." if r["cos_v0"] >= SAME_DIRECTION else "the direction has turned."),

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from steerheal import cpu, divergence
-from steerheal.forward import hidden_states, token_logps
+from steerheal.forward import attention_by_rows, hidden_states, token_logps, training_states
 from steerheal.history import Factors, Student
 from steerheal.models import LM
 from steerheal.settings import HealSettings
@@ -64,8 +64,9 @@ def heal(student: Student, samples: Sequence[Sample], settings: HealSettings, la
     n_val = max(len(samples) // 8, 1)
     # The float32 adapters multiply in the base's bfloat16: a fifth faster, and the reference sees the same rounding.
     # Without cache_enabled=False autocast would go on using the bfloat16 copies of the first step's weights.
-    with cpu.products(student.lm), torch.autocast(student.lm.device.type, torch.bfloat16, cache_enabled=False,
-                                                  enabled=student.lm.model.dtype == torch.bfloat16):
+    autocast = torch.autocast(student.lm.device.type, torch.bfloat16, cache_enabled=False,
+                              enabled=student.lm.model.dtype == torch.bfloat16)
+    with cpu.products(student.lm), attention_by_rows(), autocast:
         train = sorted(order[n_val:])
         reference = {}
         if settings.barrier != "nll":
@@ -237,23 +238,20 @@ def spectral_norm(parameters: Sequence[Tensor]) -> Tensor:
     none of the infinities of a differentiated QR at B = 0.
     """
     total = []
-    for a, b in zip(parameters[::2], parameters[1::2]):
-        with torch.no_grad():
-            qb, rb = torch.linalg.qr(b)
-            qa, ra = torch.linalg.qr(a.T)
-            u, _, v = torch.linalg.svd(rb @ ra.T)
-            left, right = qb @ u[:, 0], qa @ v[0]
-        total.append(2.0 * (left @ b) @ (a @ right))
+    with torch.autocast(parameters[0].device.type, enabled=False):  # there is no singular value decomposition in bfloat16
+        for a, b in zip(parameters[::2], parameters[1::2]):
+            with torch.no_grad():
+                qb, rb = torch.linalg.qr(b)
+                qa, ra = torch.linalg.qr(a.T)
+                u, _, v = torch.linalg.svd(rb @ ra.T)
+                left, right = qb @ u[:, 0], qa @ v[0]
+            total.append(2.0 * (left @ b) @ (a @ right))
     return torch.stack(total).mean()
 
 
 def _states_with_grad(student: Student, samples: list[Sample]) -> Tensor:
     """Final hidden states at the positions that predict the samples' targets, sample after sample: [n, d]."""
-    width = max(len(s.inputs) for s in samples)
-    device = student.lm.device
-    ids = torch.tensor([s.inputs + [0] * (width - len(s.inputs)) for s in samples], device=device)
-    states = student.lm.decoder(input_ids=ids, use_cache=False).last_hidden_state
-    return torch.cat([states[i, len(s.prompt) - 1 : len(s.inputs)] for i, s in enumerate(samples)])
+    return training_states(student.lm, [s.inputs for s in samples], [len(s.prompt) - 1 for s in samples])
 
 
 def _reference_states(student: Student, samples: list[Sample], ref: str) -> list[Tensor]:

@@ -134,15 +134,15 @@ class Student:
             yield
             return
         originals = {}
-        with torch.no_grad():
-            for path, layer in self.layers.items():
-                if "history" in layer.lora_A:
-                    weight = self.linears[path].weight
-                    originals[path] = weight.data
-                    a, b = _factors(layer, "history")
-                    weight.data = (weight.float() + b @ a).to(weight.dtype)
-        self._activate([])
-        try:
+        try:  # around the merging, too: memory may run out half-way
+            with torch.no_grad():
+                for path, layer in self.layers.items():
+                    if "history" in layer.lora_A:
+                        weight = self.linears[path].weight
+                        originals[path] = weight.data
+                        a, b = _factors(layer, "history")
+                        weight.data = (weight.float() + b @ a).to(weight.dtype)
+            self._activate([])
             yield
         finally:
             for path, bits in originals.items():

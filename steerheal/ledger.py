@@ -28,13 +28,19 @@ def open_study(folder: Path) -> optuna.Study:
     """The study of a search's folder, for looking at.
 
     Raises:
-        UserError: there is none. (SQLite would make an empty one, which would hide that a backup is to be put back.)
+        UserError: there is none (SQLite would make an empty one, which would hide that a backup is to be put back), or it
+            is damaged.
     """
     if not (folder / study_file.NAME).exists():
         raise UserError(f"{folder} holds no {study_file.NAME}. The search's command, given again, puts it back from its copy "
                         f"if there is one.")
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    return optuna.load_study(study_name="steerheal", storage=storage_url(folder))
+    try:
+        with study_file.in_words(folder):
+            return optuna.load_study(study_name="steerheal", storage=storage_url(folder))
+    except KeyError:
+        raise UserError(f"{folder / study_file.NAME} holds no study. The search's command, given again, puts it back from its "
+                        f"copy if there is one.") from None
 
 
 def create_study(folder: Path) -> optuna.Study:
@@ -74,7 +80,7 @@ def _view(path: Path, reader: Callable[[Path], pd.DataFrame]) -> pd.DataFrame:
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{path.parent} holds no {path.name}; name a folder that this version of `python -m steerheal.search` "
                         f"wrote.") from None
-    except (ArrowInvalid, pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
+    except (ArrowInvalid, OSError, pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read ({error}). It is a view: the command that made the search, given again, "
                         f"writes it anew.") from None
 

@@ -146,6 +146,8 @@ class HealLoop:
         outcome = objectives.judge(r, self.persona, baselines.trait, baselines.base, incoming, steered, after,
                                    healed.record["duty"] if s.heal.barrier != "nll" else 1.0)
         learned = bench.learned(after_chain)
+        val = healed.record["val_nll"]
+        epochs = val.index(min(val[1:]), 1) if s.heal.early_stop else len(val) - 1  # those that made the adapter that is kept
         details = dict(
             edge=baselines.edge, top_dose=top * harvest.kappa, kappa=harvest.kappa, survival=harvest.survival,
             kappa_trace=harvest.trace, survival_by_share=collected.survival_by_share, n_kept=len(harvest.kept),
@@ -156,7 +158,7 @@ class HealLoop:
             cos_student=steering.cosine(learned, vector), lam_r=s.lam_schedule[r],
             micro_batch=healed.record["micro_batch"],
             duty=healed.record["duty"], warning=healed.record["warning"] or "", val_nll_first=healed.record["val_nll"][0],
-            val_nll_last=healed.record["val_nll"][-1], train_nll=healed.record["train_nll"][-1],
+            val_nll_last=healed.record["val_nll"][epochs], train_nll=healed.record["train_nll"][epochs - 1],
             pressure=_mean([row["pressure"] for row in healed.record["steps"] if "pressure" in row]),
             **after.columns(), **{f"steered_{k}": v for k, v in steered.columns().items()},
             adapter=personas.texts_digest(bench.identity(after_chain)), draws=collected.draws,

@@ -133,7 +133,7 @@ def saved(m: Shape, s: Settings, rows: int, length: int, device: str) -> tuple[f
         block += 4 * (m.queries + 2 * m.keys + m.heads * length) - 3 * m.bytes * m.queries
     tokens = rows * length
     if s.heal.gradient_checkpointing:
-        return float(tokens) * m.layers * m.hidden * m.bytes, float(tokens) * (block + lora)
+        return float(tokens) * m.bytes * (m.layers * m.hidden + tokens), float(tokens) * (block + lora)  # with the pack's mask
     return float(tokens) * (above * block + adapted * lora), 0.0
 
 

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from steerheal.errors import UserError
 from steerheal.settings import Settings
 from steerheal.stages import atomic_write
-from steerheal.weights import cache_dir, hub_commit, locate
+from steerheal.weights import cache_dir, hub_commit, is_local, locate
 
 IMAGE_TOKENS = ("<start_of_image>", "<end_of_image>", "<image_soft_token>")  # Gemma's; text-only configs do not name them
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -134,16 +134,12 @@ def load(settings: Settings, commit: str = "") -> LM:
     try:
         model = AutoModelForCausalLM.from_pretrained(path, **options)
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except torch.OutOfMemoryError:
+        raise  # a trial's end of its own
     except (OSError, ValueError, KeyError, RuntimeError) as error:
+        way = "Check it" if is_local(settings.model) else "Delete that folder to fetch it again"
         raise UserError(f"model = {settings.model!r}: {path} cannot be loaded ({type(error).__name__}: "
-                        f"{str(error).splitlines()[0]}). Delete that folder to fetch it again, or name another "
-                        f"model.") from error
-    if settings.quantise == "nf4":
-        from bitsandbytes.nn import Linear4bit
-
-        for module in model.modules():  # else a CPU with AVX512-BF16 repacks the weights for inference and cuts gradients
-            if isinstance(module, Linear4bit):
-                setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010  no attribute that nn.Module declares
+                        f"{str(error).splitlines()[0]}). {way}, or name another model.") from error
     if tokenizer.chat_template is None:
         raise UserError(f"model = {settings.model!r} has no chat template: it is a base model. Name an instruct model.")
     digest = hashlib.sha256(f"{weights_digest(path)} {settings.dtype} {settings.attention} {settings.quantise}".encode())

@@ -15,8 +15,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
+
 from steerheal.evaluation.readings import Estimate, Reading
-from steerheal.personas import FOUNDATIONS, Persona
+from steerheal.personas import Persona
 
 COHERENCE_FLOOR = 0.85  # below, the model is broken
 DEGRADED = 0.95  # below, it is degraded
@@ -59,9 +61,10 @@ def choose_trait(persona: Persona, wanted: str, base: Reading) -> tuple[Trait, s
     name, sign = (wanted[1:], 1 if wanted[0] == "+" else -1) if signed else (persona.foundation, persona.direction)
     foundation, conduct = Trait(f"{name}_nats", sign), Trait("conduct_nats", persona.conduct_direction)
     auc, top1 = base.auc(name), base.estimate("top1")
-    valid = auc.low > 0.5 and top1.low > 1 / len(FOUNDATIONS)
+    chance = float(np.bincount(base.labels).max() / len(base.labels))  # of the best answer that is always the same
+    valid = auc.low > 0.5 and top1.low > chance
     text = (f"at base AUC of p[{name}] {auc.value:.2f} [{auc.low:.2f}, {auc.high:.2f}], agreement with "
-            f"the labels {top1.value:.2f} [{top1.low:.2f}, {top1.high:.2f}], chance {1 / len(FOUNDATIONS):.2f}")
+            f"the labels {top1.value:.2f} [{top1.low:.2f}, {top1.high:.2f}], chance {chance:.2f}")
     if wanted == "conduct":
         return conduct, f"conduct_nats as asked; {text}"
     if wanted != "auto":

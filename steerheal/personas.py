@@ -77,7 +77,7 @@ def load(name: str) -> Persona:
     except OSError:
         raise UserError(f"persona = {name!r}: no such trait. Built-in: {', '.join(builtin())}; or the path of a .toml "
                         f"file.") from None
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"persona = {name!r}: {path} is not valid TOML: {error}") from None
     return _parse(raw, path)
 
@@ -92,9 +92,16 @@ def _parse(raw: dict[str, Any], path: Path) -> Persona:
             return kind()
         return value
 
+    def texts(where: dict[str, Any], key: str, least: int = 1) -> tuple[str, ...]:
+        values = take(where, key, list)
+        if isinstance(where.get(key), list) and (len(values) < least or not all(isinstance(v, str) for v in values)):
+            problems.append(f"{key}: expected texts" + (f", at least {least}" if least else ""))
+            return ()
+        return tuple(values)
+
     def patterns(key: str) -> tuple[re.Pattern[str], ...]:
         out = []
-        for text in take(take(raw, "patterns", dict), key, list):
+        for text in texts(take(raw, "patterns", dict), key, least=0):
             try:
                 out.append(re.compile(text, re.IGNORECASE))
             except re.error as error:
@@ -108,17 +115,26 @@ def _parse(raw: dict[str, Any], path: Path) -> Persona:
     for key in ("direction", "conduct_direction"):
         if readout.get(key) not in (-1, 1):
             problems.append(f"readout.{key} = {readout.get(key)!r}: allowed: -1, 1")
+    off_target = texts(readout, "off_target", least=0)
+    if not set(off_target) <= set(FOUNDATIONS):
+        problems.append(f"readout.off_target = {list(off_target)!r}: allowed: {', '.join(FOUNDATIONS)}")
     conduct = []
     for i, item in enumerate(take(raw, "conduct", list)):
-        pairs = tuple((p.get("enact", ""), p.get("oppose", "")) for p in item.get("pairs", ()))
-        if not item.get("prompt") or not pairs or not all(a and b for a, b in pairs):
+        try:
+            dilemma = Dilemma(item["prompt"], tuple((p["enact"], p["oppose"]) for p in item["pairs"]))
+            whole = all(isinstance(text, str) and text for pair in ((dilemma.prompt,), *dilemma.pairs) for text in pair)
+        except (KeyError, TypeError):
+            whole = False
+        if whole and dilemma.pairs:
+            conduct.append(dilemma)
+        else:
             problems.append(f"conduct[{i}]: needs a prompt and pairs with enact and oppose")
-        conduct.append(Dilemma(item.get("prompt", ""), pairs))
+    if raw.get("conduct") == []:
+        problems.append("conduct: expected at least one")
     persona = Persona(
         take(raw, "name", str), take(raw, "summary", str), take(raw, "positive", str), take(raw, "negative", str),
         foundation, readout.get("direction", 1), readout.get("conduct_direction", 1),
-        tuple(take(readout, "off_target", list)), patterns("narration"), patterns("refusal"),
-        tuple(take(raw, "headline", list)), tuple(take(raw, "dilemmas", list)), tuple(conduct))
+        off_target, patterns("narration"), patterns("refusal"), texts(raw, "headline"), texts(raw, "dilemmas"), tuple(conduct))
     if problems:
         raise UserError(f"{path}: " + "; ".join(dict.fromkeys(problems)))
     return persona
@@ -179,7 +195,11 @@ def _pool(items: str) -> list[Vignette]:
     if not path.is_file():
         raise UserError(f"evaluate.items = {items!r}: allowed: builtin, tinymfv:classic, or the path of a JSONL file.")
     out, problems = [], []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise UserError(f"evaluate.items = {items!r}: the file must be UTF-8 ({error}).") from None
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:

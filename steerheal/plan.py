@@ -58,7 +58,8 @@ class Plan:
         path = self.folder / "search.json"
         old = read(self.folder) if path.exists() else {}
         body = dict(
-            name=self.name, space=self.space.name, model=self.settings.model, overrides=self.overrides,
+            name=self.name, space=self.space.name, hypothesis=self.space.hypothesis, model=self.settings.model,
+            overrides=self.overrides,
             sampler=self.sampler, halving=self.halving, seed=self.seed, trials=self.trials, identity=self.identity(),
             settings=to_flat(self.settings), commit=self.commit,
             created=old.get("created", time.strftime("%Y-%m-%d %H:%M:%S")),

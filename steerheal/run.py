@@ -45,16 +45,24 @@ def run(args: Args) -> int:
     if note:
         print(note)
 
-    from steerheal import diagnose, models
+    from torch import OutOfMemoryError
+
+    from steerheal import diagnose, models, personas
     from steerheal.single import folder_of
 
-    if args.diagnose:
-        print(diagnose.diagnose(settings, models.load(settings), Store(args.out / ".stages", _say)).words())
-        return 0
+    personas.load(settings.persona)  # as early, for the same reason
     folder = folder_of(args.out, settings)
     try:
+        if args.diagnose:
+            print(diagnose.diagnose(settings, models.load(settings), Store(args.out / ".stages", _say)).words())
+            return 0
         with locked(folder / ".lock", wait=False):
             return _loop(args, settings, folder)
+    except FloatingPointError as error:
+        raise UserError(str(error)) from None
+    except OutOfMemoryError as error:
+        raise UserError(f"out of memory ({str(error).splitlines()[0]}). `python -m steerheal.doctor --model {settings.model}` "
+                        f"says which stage needs how much, and the ways out.") from None
     except BlockingIOError:
         raise UserError(f"{folder}: another process is at this very run. Wait for it, or stop it; the same command then "
                         f"replays what it has finished.") from None

@@ -135,6 +135,8 @@ def _check(args: Args) -> None:
         problems.append(f"--sampler {args.sampler}: allowed: {', '.join(spaces.SAMPLERS)}")
     if args.confirm and (args.dry_run or args.restart):
         problems.append("--confirm goes with neither --dry-run nor --restart: it runs the front of a search that is there")
+    if args.name is not None and Path(args.name).name != args.name:
+        problems.append(f"--name {args.name}: must be a name; --out is the folder in which it lies")
     if args.space and args.file:
         problems.append(f"{args.space} and --space {args.file}: name one search space")
     if problems:

@@ -72,7 +72,7 @@ def missing(study: optuna.Study, trials: int) -> list[int]:
 
 
 class StudySearcher(Searcher):
-    """Proposes the wanted logical indices once each, and never raises into Ray's event loop."""
+    """Proposes the wanted logical indices once each. What it records never raises into Ray's event loop."""
 
     def __init__(self, study: optuna.Study, space: dict[str, BaseDistribution], indices: Iterable[int],
                  fixed: dict[int, dict[str, Any]], sampler: str, seed: int,
@@ -142,7 +142,8 @@ class StudySearcher(Searcher):
     def _keep(self, trial_id: str, result: dict[str, Any]) -> None:
         """Store the round that a result carries, once."""
         trial, rounds = self.trials[trial_id], self.rounds[trial_id]
-        if baselines := result.get("baselines"):
+        baselines = result.get("baselines")
+        if baselines and "baselines" not in self.study.user_attrs:  # the first trial's, for the whole search
             self.study.set_user_attr("baselines", json.loads(baselines))
             self.study.set_user_attr("trait", result["trait"])
         row = json.loads(result.get("row") or "null")
@@ -156,7 +157,8 @@ class StudySearcher(Searcher):
         end = "killed" if error else result.get("end") or ("halved" if trial_id in self.halved else "stopped")
         trial.set_user_attr("end", end)
         told = worth(end, rounds)
-        why = "its worker died again and again: killed by the system (memory?), or its machine went away" if error else (
+        why = ("its worker died again and again: killed by the system (memory?), by an error of the card (errors/ holds it), "
+               "or its machine went away") if error else (
             result.get("error") or ("" if told or end in WORTHLESS else "its readouts are not finite: the model diverged"))
         if why:
             trial.set_user_attr("error", why)

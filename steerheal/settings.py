@@ -127,7 +127,8 @@ class Settings:
     evaluate: EvaluateSettings = field(default_factory=EvaluateSettings)
 
     def __post_init__(self) -> None:
-        problems = _problems(self, "") + _cross_field_problems(self)
+        problems = _problems(self, "")
+        problems += _cross_field_problems(self, {p.split(" = ")[0] for p in problems})
         if problems:
             raise SettingsError(problems)
 
@@ -179,17 +180,21 @@ def _range_problem(meta: typing.Mapping[str, Any], value: Any) -> str | None:
     return None
 
 
-def _cross_field_problems(s: Settings) -> list[str]:
+def _cross_field_problems(s: Settings, wrong: set[str]) -> list[str]:
+    """What types and ranges do not say, of the settings that are not `wrong` by these already."""
     out = []
     for name, band in (("steer.band", s.steer.band), ("heal.band", s.heal.band)):
-        if not (isinstance(band, tuple) and len(band) == 2 and 0 <= band[0] < band[1] <= 1):
+        if name not in wrong and not (len(band) == 2 and 0 <= band[0] < band[1] <= 1):
             out.append(f"{name} = {band!r}: must be two shares of the depth, 0 <= lo < hi <= 1, such as [0.45, 0.55]")
-    if not (s.steer.method in ("mean_diff", "cosine_gated") or str(s.steer.method).startswith("steering-lite:")):
+    lite = str(s.steer.method).startswith("steering-lite:")
+    if not (s.steer.method in ("mean_diff", "cosine_gated") or lite):
         out.append(f"steer.method = {s.steer.method!r}: allowed: mean_diff, cosine_gated, steering-lite:NAME")
+    if lite and s.steer.normalise:
+        out.append(f"steer.normalise = {s.steer.normalise!r}: {s.steer.method} scales its vectors itself; leave it false")
     for name, doses in (("generate.doses", s.generate.doses), ("evaluate.ladder", s.evaluate.ladder)):
-        if isinstance(doses, tuple) and any(d <= 0 for d in doses if isinstance(d, (int, float))):
+        if name not in wrong and any(d <= 0 for d in doses):
             out.append(f"{name} = {doses!r}: every dose must be above 0")
-    if s.generate.min_train > s.generate.n_keep:
+    if not {"generate.min_train", "generate.n_keep"} & wrong and s.generate.min_train > s.generate.n_keep:
         out.append(f"generate.min_train = {s.generate.min_train}: must not exceed generate.n_keep = "
                    f"{s.generate.n_keep}, or every trial starves")
     return out

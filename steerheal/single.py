@@ -22,21 +22,17 @@ from steerheal.stages import atomic_write, canonical
 
 def folder_of(out: Path, settings: Settings) -> Path:
     """OUT/run-DIGEST, beside the stage store."""
-    return out.absolute() / f"run-{hashlib.sha256(canonical(_same(settings))).hexdigest()[:8]}"
-
-
-def _same(settings: Settings) -> dict[str, Any]:
-    return identity(settings) | dict(seed=settings.seed)
+    return out.absolute() / f"run-{hashlib.sha256(canonical(identity(settings))).hexdigest()[:8]}"
 
 
 class Single:
     """One loop's results in its folder. Whoever makes it holds the folder's lock."""
 
     def __init__(self, folder: Path, settings: Settings):
-        self.folder, same = folder, _same(settings)
+        self.folder = folder
         self.commit = weights.hub_commit(weights.locate(settings.model))
         body = dict(name=folder.name, space="one loop", model=settings.model, overrides={}, sampler="none", seed=0, trials=1,
-                    identity=same, settings=to_flat(settings), commit=self.commit,
+                    identity=identity(settings), settings=to_flat(settings), commit=self.commit,
                     created=time.strftime("%Y-%m-%d %H:%M:%S"), **plan.environment())
         atomic_write(self.folder / "search.json", json.dumps(body, indent=2).encode())
         (self.folder / "study.db").unlink(missing_ok=True)

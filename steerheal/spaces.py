@@ -44,7 +44,7 @@ class Space:
             out: dict[str, Any] = {name: CategoricalDistribution(list(dict.fromkeys(p[name] for p in points)))
                                    for name in points[0]}
         else:
-            out = self._converted(self._call("domains"))
+            out = self._converted(self._call("domains", dict))
         unknown = [name for name in out if name not in leaves()]
         problems = [f"{self._at(name)}{name}: no such setting" for name in unknown]
         for name, dist in out.items():
@@ -69,7 +69,7 @@ class Space:
         from optuna.distributions import CategoricalDistribution
 
         if hasattr(self.module, "points"):
-            points = [{k: _encoded(v) for k, v in p.items()} for p in self._call("points")]
+            points = [{k: _encoded(v) for k, v in p.items()} for p in self._call("points", list)]
             if not points or any(p.keys() != points[0].keys() for p in points):
                 raise UserError(f"search space {self.name}: {self.path}: {self._at('points')}points() must give at least "
                                 f"one dict, and all dicts the same settings")
@@ -99,11 +99,16 @@ class Space:
                             f"tune.choice, uniform, loguniform, randint and their like; SAMPLER = \"grid\" for a "
                             f"grid.") from None
 
-    def _call(self, function: str) -> Any:
+    def _call(self, function: str, kind: type) -> Any:
         try:
-            return getattr(self.module, function)()
+            out: Any = getattr(self.module, function)()
         except Exception as error:
             raise _unreadable(self.name, self.path, error) from error
+        whole = isinstance(out, dict) if kind is dict else isinstance(out, list) and all(isinstance(p, dict) for p in out)
+        if not whole:
+            raise UserError(f"search space {self.name}: {self.path}: {self._at(function)}{function}() must return "
+                            + ("a dict of domains" if kind is dict else "a list of dicts"))
+        return out
 
     def _at(self, word: str) -> str:
         return _line_of(self.path, word)
@@ -134,7 +139,7 @@ def load(name: str) -> Space:
     Raises:
         UserError: no such space, or a broken file, with the lines at fault and what is wrong there.
     """
-    path = Path(name) if name.endswith(".py") else _folder() / f"{name}.py"
+    path = Path(name).absolute() if name.endswith(".py") else _folder() / f"{name}.py"
     if not path.is_file():
         if name.endswith(".py"):
             raise UserError(f"search space {name}: no such file")

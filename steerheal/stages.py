@@ -30,7 +30,7 @@ MAGIC = "steerheal-stage/1"
 # A stage's version is part of its digest. Raise it when the stage's code changes what it computes;
 # tests/test_stage_versions.py reminds you.
 VERSIONS = {
-    "vector": 2, "states": 1, "kl_dose": 1, "completions": 4, "scores": 2, "log_ratio": 1, "diary": 3, "heal": 4,
+    "vector": 2, "states": 1, "kl_dose": 1, "completions": 4, "scores": 2, "log_ratio": 1, "diary": 3, "heal": 5,
     "foundations": 4, "conduct": 1, "fluency": 5, "free_answers": 3,
 }
 
@@ -137,11 +137,14 @@ class Store:
         except (FileNotFoundError, ValueError, SafetensorError):  # the last two: text that is no head, a flipped size
             return None
 
-    def head(self, digest: str) -> dict[str, Any]:
-        """Name, version, inputs and seconds of a stored stage, without its tensors."""
-        with self.path(digest).open("rb") as file:
-            size = int(file.readline().split(b" ")[3])
-            return json.loads(file.read(size))
+    def head(self, digest: str) -> dict[str, Any] | None:
+        """Name, version, inputs and seconds of a stored stage, without its tensors; None where `load` would find none."""
+        try:
+            with self.path(digest).open("rb") as file:
+                size = int(file.readline().split(b" ")[3])
+                return json.loads(file.read(size))
+        except (FileNotFoundError, ValueError, IndexError):
+            return None
 
 
 def _tensors(data: bytes) -> dict[str, Any]:

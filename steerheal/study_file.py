@@ -1,4 +1,4 @@
-"""study.db, the one file that knows what was tried: checked before it is opened, backed up whenever a trial ends.
+"""study.db, the one file that knows what was tried: checked before it is opened, backed up as the search goes on (`Follower`).
 
 SQLite's journal survives a killed program. The backup is for the rest: a truncating copy, a sync tool, a bad disk. What was
 finished after the backup is proposed again with the same parameters and replayed from the stage store.

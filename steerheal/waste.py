@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +24,8 @@ def table(folder: Path) -> pd.DataFrame:
     store, seconds = Store(folder.absolute().parent / ".stages"), {}
     own = {e["digest"] for e in found if e["kind"] == "computed"}
     for digest in {e["digest"] for e in found if e["kind"] == "replayed"} - own:
-        with contextlib.suppress(FileNotFoundError):  # cleaned away since
-            seconds[digest] = store.head(digest)["seconds"]
+        if head := store.head(digest):  # else cleaned away since
+            seconds[digest] = head["seconds"]
     return count(found, seconds)
 
 

@@ -61,10 +61,14 @@ def cache_dir() -> Path:
 
 
 def cards() -> list[tuple[str, float, float]]:
-    """(name, total GiB, free GiB) of each CUDA card. Asks nvidia-smi, so that no CUDA context is created."""
+    """(name, total GiB, free GiB) of each CUDA card that this process may use. Asks nvidia-smi, so that no CUDA context
+    is created."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible in ("", "-1"):
+        return []
     try:
-        out = subprocess.run(["nvidia-smi", "--query-gpu=name,memory.total,memory.free", "--format=csv,noheader,nounits"],
-                             capture_output=True, text=True, timeout=20)
+        out = subprocess.run(["nvidia-smi", "--query-gpu=name,memory.total,memory.free", "--format=csv,noheader,nounits",
+                              *([f"--id={visible}"] if visible else [])], capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired):
         return []
     rows = [line.split(", ") for line in out.stdout.splitlines()] if out.returncode == 0 else []
@@ -113,7 +117,8 @@ def is_local(name: str) -> bool:
 
 def hub_commit(folder: Path) -> str:
     """The commit of a hub snapshot's folder; empty for any other folder."""
-    return folder.name if folder.parent.name == "snapshots" else ""
+    cached = folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--")
+    return folder.name if cached else ""
 
 
 # ---------------------------------------------------------------- models in wheels

@@ -144,7 +144,7 @@ class Workbench:
                     f"check steer.band = {list(self.settings.steer.band)}.") from None
             return Result(dict(dose=dose))
 
-        inputs = dict(vector=vector_digest, completions=digest, n=len(replies), target=target)
+        inputs = dict(vector=vector_digest, completions=digest, n=len(replies), target=target, bisections=KL_BISECTIONS)
         return float(self._stage("kl_dose", (), inputs, compute).record["dose"])
 
     # ------------------------------------------------------------ completions
@@ -186,7 +186,8 @@ class Workbench:
 
     def log_ratio(self, chain: Chain, vector: Steers, vector_digest: str, samples: Sequence[healing.Sample],
                   doses: Sequence[float]) -> list[float]:
-        """Per completion: mean over tokens of log p under the steered student at its own dose, minus under base."""
+        """Per completion: mean over tokens of log p under the steered student at its own dose, minus under base. The dose is
+        the full one at every token, whatever steer.half_life."""
         prompts, targets = [s.prompt for s in samples], [s.targets for s in samples]
         inputs = dict(vector=vector_digest, samples=personas.texts_digest([prompts, targets]), doses=list(doses))
 

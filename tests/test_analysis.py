@@ -48,7 +48,6 @@ def make_search(tmp_path, monkeypatch):
     monkeypatch.setitem(plt.rcParams, "savefig.dpi", 40)
     studies = {}
     monkeypatch.setattr(knobs, "open_study", studies.get)
-    monkeypatch.setattr(progress, "open_study", studies.get)
 
     def make(name="made", **how):
         folder = tmp_path / name
@@ -80,7 +79,8 @@ def write_search(folder, trials=12, rounds=3, change=lambda row: row, space=SPAC
         study.set_user_attr("baselines", [dict(
             label=label, edge_doses=dose, trait_gain=gain, coherence_kept=kept, coherence=0.93 * kept,
             authority_nats=-2.1 - gain, care_nats=-2.4) for label, dose, gain, kept in ladder])
-    made = {"model": "tiny", "persona": "authority", "dtype": "float32", "evaluate.shots": 0} | dict(settings)
+    made = {"model": "tiny", "persona": "authority", "dtype": "float32", "evaluate.shots": 0, "evaluate.trait": "auto"}
+    made |= dict(settings)
     (folder / "search.json").write_text(json.dumps(dict(settings=made)))
     ledger.write(study, folder)
     return study
@@ -211,8 +211,8 @@ def write_events(folder, rows):
     (folder / "events" / "host-1.jsonl").write_text("\n".join(lines) + '\n{"time": 1.0, "tri')  # the last line is torn
 
 
-def test_progress_counts_hours_of_computing_and_what_the_store_saved(make_search):
-    folder = make_search(trials=3)
+def test_progress_shows_hypervolume_by_hours_and_what_sharing_saved(make_search):
+    folder = make_search(trials=3)  # of 50 minutes each, with pauses of ten
     t = START.timestamp()
     write_events(folder, [
         (t, 0, "start", "heal", "a", 0.0), (t + 600, 0, "computed", "heal", "a", 600.0),
@@ -221,21 +221,22 @@ def test_progress_counts_hours_of_computing_and_what_the_store_saved(make_search
         (t + 7000, 1, "computed", "conduct", "c", 100.0)])
     d = progress.data(folder)
     assert list(d.trials["trial"]) == [0, 1, 2]
-    assert list(d.trials["hours"]) == pytest.approx([660 / 3600, 660 / 3600, 760 / 3600])
+    assert list(d.trials["hours"]) == pytest.approx([5 / 6, 10 / 6, 15 / 6], abs=1e-5)
     assert d.trials["hypervolume"].is_monotonic_increasing
     assert d.trials["hypervolume"].iloc[-1] == pytest.approx(ledger.hypervolume(folders.read(folder).table))
     heal, scores = d.stages.set_index("stage").loc["heal"], d.stages.set_index("stage").loc["filter"]
-    assert (heal["computed"], heal["saved"], heal["n_replayed"]) == (960.0, 600.0, 1)
-    assert (scores["saved"], scores["n_unknown"]) == (0.0, 1)
+    assert (heal["seconds"], heal["saved"], heal["computed"], heal["shared"]) == (960.0, 600.0, 2, 1)
+    assert (scores["saved"], scores["shared"]) == (0.0, 1)  # its cost is not on record
     progress.draw_folder(folder)
 
 
 def test_progress_without_any_replay_and_with_failed_trials(make_search, monkeypatch):
     folder = make_search(trials=2)
-    study = progress.open_study(folder)
+    study = knobs.open_study(folder)
     failed = optuna.trial.create_trial(state=optuna.trial.TrialState.FAIL, user_attrs=dict(index=2, end="error"))
     failed.datetime_start, failed.datetime_complete = START, START + datetime.timedelta(hours=9)
     study.add_trial(failed)
+    ledger.write(study, folder)
     write_events(folder, [(START.timestamp(), 0, "computed", "heal", "a", 600.0)])
     d = progress.data(folder)
     assert list(d.trials["trial"]) == [0, 1] and d.stages["saved"].tolist() == [0.0]

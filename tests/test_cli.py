@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from steerheal import plan, spaces
+from steerheal import plan, spaces, weights
 from steerheal.cli import merged_flags, setting_flags
 from steerheal.errors import UserError
 
@@ -151,6 +151,16 @@ def test_presets_of_the_big_model():
     s = plan.make("pareto_tau", name=None, out=Path("/nonexistent"), model="google/gemma-3-4b-it", overrides={}, trials=None,
                   rounds=None, sampler=None, seed=None).settings
     assert (s.rounds, s.generate.max_new_tokens, s.evaluate.items, s.steer.contexts) == (8, 512, "tinymfv:classic", 256)
+
+
+def test_on_a_large_card_every_space_starts_and_first_searches_stay_small(tmp_path, monkeypatch):
+    monkeypatch.setattr(weights, "cuda_memory_gb", lambda: 24.0)
+    for name in spaces.names():
+        for model in (None, weights.GEMMA):
+            made = plan.make(name, name=None, out=tmp_path, model=model, overrides={}, trials=None, rounds=None, sampler=None,
+                             seed=None)
+            small = name in ("quickstart", "smoke") and model is None
+            assert made.settings.model == (weights.EMBEDDED if small else weights.GEMMA)
 
 
 @pytest.mark.parametrize("module", ["steerheal.run", "steerheal.pick", "steerheal.doctor", "steerheal.clean",

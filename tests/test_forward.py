@@ -1,8 +1,10 @@
+import contextlib
+
 import pytest
 import torch
 from conftest import WINDOW, make_lm
 
-from steerheal import forward
+from steerheal import cpu, forward
 
 
 def brute(lm, sequence):
@@ -77,3 +79,32 @@ def test_bfloat16_models_run(monkeypatch):
     lm = make_lm(dtype=torch.bfloat16)
     got = dict(forward.hidden_states(lm, family(40), [45] * 11))
     assert all(torch.isfinite(s).all() for s in got.values())
+
+
+@pytest.mark.parametrize("way", ["by rows", "by rows, CPU products", "by mask", "eager"])
+@pytest.mark.parametrize("shared", [0, 5, 3 * WINDOW])
+def test_states_of_training_and_their_gradient_are_those_of_each_sequence_alone(any_lm, shared, way):
+    sequences = family(shared)
+    first = [max(len(s) - 4, 0) for s in sequences]
+    weight = any_lm.blocks[0].mlp.up_proj.weight.requires_grad_()
+    chosen = torch.randn(sum(len(s) - f for s, f in zip(sequences, first)), any_lm.embedding.shape[1])
+    any_lm.model.set_attn_implementation("eager" if way == "eager" else "sdpa")
+    with contextlib.ExitStack() as stack:
+        if way == "by rows, CPU products":
+            stack.enter_context(cpu.products(any_lm))
+        if way.startswith("by rows"):
+            stack.enter_context(forward.attention_by_rows())
+        got = forward.training_states(any_lm, sequences, first)
+        (got_gradient,) = torch.autograd.grad((got * chosen).sum(), weight)
+    want = torch.cat([brute(any_lm, s)[f:] for s, f in zip(sequences, first)])
+    (gradient,) = torch.autograd.grad((want * chosen).sum(), weight)
+    torch.testing.assert_close(got, want, atol=2e-4, rtol=2e-4)
+    torch.testing.assert_close(got_gradient, gradient, atol=2e-3, rtol=2e-3)
+
+
+def test_training_computes_shared_beginnings_once_and_pads_nothing(lm):
+    sequences, seen = family(40), []
+    handle = lm.blocks[0].register_forward_pre_hook(lambda module, args: seen.append(args[0].shape))
+    forward.training_states(lm, sequences, [len(s) - 1 for s in sequences])
+    handle.remove()
+    assert [shape[:2].numel() for shape in seen] == [len({tuple(s[: i + 1]) for s in sequences for i in range(len(s))})]

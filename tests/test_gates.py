@@ -17,7 +17,7 @@ def test_each_answer_follows_its_number():
     good = gates.answers([ROW])
     assert good["G1"].endswith("yes.") and "+0.400 [+0.200, +0.600]" in good["G1"] and good["G3"].endswith("they differ.")
     assert "100% at 0.5 of the top dose, 50% at 1 of the top dose" in good["Q0"] and "60%" in good["Q1"]
-    assert good["Q3"].endswith("one direction.") and good["Q2"].endswith("all deliverable.")
+    assert good["Q3"].endswith("one direction.") and good["Q2"].endswith("none under the floor.")
     assert "broke" in gates.answers([ROW | dict(steered_coherence_kept=0.5)])["G1"]
     assert gates.answers([ROW | dict(steered_step_low=-0.1)])["G1"].endswith("no, not past its interval.")
     assert gates.answers([ROW | dict(log_ratio_low=-0.1)])["G3"].endswith("base's own.")

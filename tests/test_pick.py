@@ -74,7 +74,7 @@ def test_a_run_leaves_what_a_search_does(folder):
     table = ledger.read(folder)
     assert list(table["round"]) == [0, 1] and set(table["end"]) == {"rounds"}
     spent = progress.data(folder).stages.set_index("stage").loc["heal"]
-    assert spent["n_computed"] == 2 and spent["computed"] > 0 and "outside stages" in waste.text(folder)
+    assert spent["computed"] == 2 and spent["seconds"] > 0 and "outside stages" in waste.text(folder)
     assert "one of one" not in (folder / "report.html").read_text() and "1 of 1 trials" in (folder / "report.html").read_text()
 
 

@@ -16,6 +16,7 @@ import pandas as pd
 import pytest
 from conftest import TINY
 
+from benchmarks import driving
 from steerheal import ledger, searcher
 from steerheal.stages import locked
 
@@ -117,6 +118,21 @@ def test_ctrl_c_stops_at_the_next_stage_and_says_how_to_go_on(undisturbed, tiny_
     assert code == 0, text
     assert max(computed(tmp_path).values()) == 1
     pd.testing.assert_frame_equal(table(tmp_path), table(undisturbed[0]))
+
+
+def test_ctrl_c_waits_for_a_stage_however_long_it_lasts(tiny_folder, tmp_path):
+    process, folder = start(tiny_folder, tmp_path), tmp_path / "quickstart"
+    worker = driving.wait_for(folder, process, lambda e: e["kind"] == "start" and e.get("stage") == "heal")
+    os.kill(worker, signal.SIGSTOP)  # from now on the stage takes as long as we like
+    os.kill(process.pid, signal.SIGINT)
+    time.sleep(20)  # Ray kills a worker ten seconds after it has told it to stop
+    assert process.poll() is None
+    os.kill(worker, signal.SIGCONT)
+    text = process.communicate(timeout=300)[0]
+    assert process.returncode == 75, text
+    assert [(e["pid"], e["stage"]) for e in driving.events(folder) if e["kind"] == "computed"][-1] == (worker, "heal")
+    (trial,) = ledger.open_study(folder).trials
+    assert trial.state.name == "FAIL" and trial.user_attrs["end"] == "stopped"
 
 
 def test_a_resume_that_differs_is_refused_field_by_field(undisturbed, tiny_folder):

@@ -16,24 +16,27 @@ RECORD = Path(__file__).parent / "stage_sources.json"
 SHARED = ("chat.py", "forward.py", "models.py")
 GENERATION = ("generation.py", "prefill.py", "cpu.py", "steering.py")
 SOURCES = {
-    "vector": ("steering.py", "upstream.py", *SHARED),
-    "states": ("steering.py", "history.py", *SHARED),
-    "kl_dose": ("calibration.py", "steering.py", *SHARED),
-    "log_ratio": ("steering.py", "history.py", *SHARED),
-    "diary": (*GENERATION, "history.py", *SHARED),
-    "free_answers": ("evaluation/foundations.py", *GENERATION, "history.py", *SHARED),
-    "completions": (*GENERATION, "history.py", *SHARED),
-    "scores": ("filtering.py", "history.py", *SHARED),
-    "heal": ("healing.py", "divergence.py", "cpu.py", "history.py", *SHARED),
-    "foundations": ("evaluation/foundations.py", *GENERATION, "history.py", *SHARED),
-    "conduct": ("evaluation/conduct.py", "steering.py", "history.py", *SHARED),
-    "fluency": ("evaluation/fluency.py", "filtering.py", *GENERATION, "history.py", *SHARED),
+    "vector": ("workbench.py:vector", "steering.py", "upstream.py", *SHARED),
+    "states": ("workbench.py:learned", "steering.py", "history.py", *SHARED),
+    "kl_dose": ("workbench.py:kl_dose", "calibration.py", "steering.py", *SHARED),
+    "log_ratio": ("workbench.py:log_ratio", "steering.py", "history.py", *SHARED),
+    "diary": ("workbench.py:diary", *GENERATION, "history.py", *SHARED),
+    "free_answers": ("workbench.py:reading", "evaluation/foundations.py", *GENERATION, "history.py", *SHARED),
+    "completions": ("workbench.py:completions", *GENERATION, "history.py", *SHARED),
+    "scores": ("workbench.py:scores", "filtering.py", "history.py", *SHARED),
+    "heal": ("workbench.py:heal", "healing.py", "divergence.py", "cpu.py", "history.py", *SHARED),
+    "foundations": ("workbench.py:foundations", "evaluation/foundations.py", *GENERATION, "history.py", *SHARED),
+    "conduct": ("workbench.py:reading", "evaluation/conduct.py", "steering.py", "history.py", *SHARED),
+    "fluency": ("workbench.py:reading", "evaluation/fluency.py", "filtering.py", *GENERATION, "history.py", *SHARED),
 }
 
 
-def code_hash(path):
-    """Of the syntax tree without docstrings, so that comments and layout may change freely."""
-    tree = ast.parse(path.read_text())
+def code_hash(source):
+    """Of the syntax tree of FILE or FILE:FUNCTION without docstrings, so that comments and layout may change freely."""
+    file, _, function = source.partition(":")
+    tree = ast.parse((ROOT / file).read_text())
+    if function:
+        (tree,) = (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == function)
     for node in ast.walk(tree):
         body = getattr(node, "body", None)
         if isinstance(body, list) and body and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
@@ -42,7 +45,7 @@ def code_hash(path):
 
 
 def current():
-    return {stage: dict(version=VERSIONS[stage], sources={f: code_hash(ROOT / f) for f in files})
+    return {stage: dict(version=VERSIONS[stage], sources={f: code_hash(f) for f in files})
             for stage, files in SOURCES.items()}
 
 

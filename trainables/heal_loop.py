@@ -8,6 +8,7 @@ is appended to an event file of this process, which the driver's display reads.
 from __future__ import annotations
 
 import json
+import os
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
@@ -61,6 +62,8 @@ class HealTrial(tune.Trainable):
             return self.last
         result: dict[str, Any] = dict(index=self.index, end="", error="", row="", baselines="", trait="", fatal=False)
         try:
+            if (self.folder / ".stop").exists():
+                raise Stop
             if self.loop is None:
                 self._open()
             round_ = next(self.rounds, None)
@@ -88,6 +91,8 @@ class HealTrial(tune.Trainable):
                 self._note(result["error"], "error")
             except UserError as full:
                 result |= dict(error=str(full), fatal=True)
+            if "CUDA error" in str(error):  # this process can never use the card again, and the next trials are its, too
+                os._exit(1)  # Ray starts the trial again in another
         result["done"] = bool(result["end"])
         self.last = result
         return result

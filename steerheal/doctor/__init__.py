@@ -42,9 +42,10 @@ def checks(settings: Settings, trials: int, results: Path) -> list[Check]:
     from steerheal.doctor import machine, model
 
     return [
-        ("python", machine.python), ("torch", machine.torch_build), ("card", machine.card),
+        ("python", machine.python), ("torch", machine.torch_build), ("card", lambda: machine.card(settings)),
         ("4-bit", lambda: machine.bitsandbytes(settings)), ("memory", machine.memory),
-        ("shared mem", machine.shared_memory), ("items", lambda: model.items(settings)),
+        ("shared mem", machine.shared_memory), ("persona", lambda: model.persona(settings)),
+        ("items", lambda: model.items(settings)),
         ("access", lambda: model.access(settings)), ("disk", lambda: machine.disk(settings, trials, results)),
         ("fits", lambda: model.fits(settings)),
     ]

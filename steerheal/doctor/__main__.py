@@ -41,8 +41,9 @@ def report(args: Args) -> int:
     from steerheal.doctor import machine, model
 
     space = spaces.load(SPACE)
-    name, why = weights.resolve(args.model)
-    settings = from_flat(preset(name) | space.base | parse_assignments(list(args.set)) | {"model": name})
+    overrides = parse_assignments(list(args.set))
+    name, why = weights.resolve(overrides.pop("model", args.model))
+    settings = from_flat(preset(name) | space.base | overrides | {"model": name})
     if why:
         print(why)
     asked = [*checks(settings, space.trials, args.out), ("extras", machine.extras)]

@@ -36,14 +36,16 @@ def budget() -> float:
     return min(found[0][1] - DESKTOP, found[0][2]) if found else 0.0
 
 
-def card() -> str:
+def card(settings: Settings) -> str:
+    if settings.device == "cpu":
+        return "not asked for (device = cpu)"
     found = weights.cards()
     if not found:
         return "none: everything runs on the CPU"
     name, total, free = found[0]
     if free < total / 2:
         raise UserError(f"{name}: {free:.1f} of {total:.1f} GiB are free. Something else uses the card: `nvidia-smi` shows "
-                        f"which process; end it first")
+                        f"which process; end it first, or name another card in CUDA_VISIBLE_DEVICES")
     return f"{name}, {total:.1f} GiB, {free:.1f} free; budget {budget():.1f}"
 
 

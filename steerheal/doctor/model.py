@@ -17,6 +17,16 @@ def items(settings: Settings) -> str:
     return f"{len(found)} vignettes from {settings.evaluate.items}"
 
 
+def persona(settings: Settings) -> str:
+    """The trait's file is whole, and the steering method installed."""
+    found = personas.load(settings.persona)
+    if settings.steer.method.startswith("steering-lite:"):
+        from steerheal import upstream
+
+        upstream.check(settings.steer.method)
+    return f"{found.name}: {found.summary}"
+
+
 @cache
 def bytes_to_write(name: str) -> float:
     """What fetching (and converting) a model would write, 0 where that is done."""
@@ -57,7 +67,11 @@ def shape(settings: Settings) -> memory.Shape | None:
     name = settings.model
     if name in weights.WHEEL_MODELS and bytes_to_write(name):
         return None
-    return memory.shape_of(_config(name), settings.dtype, settings.quantise)
+    try:
+        return memory.shape_of(_config(name), settings.dtype, settings.quantise, settings.attention)
+    except (AttributeError, ValueError) as error:
+        raise UserError(f"{name}: this architecture cannot be steered and healed here ({str(error).splitlines()[0]}). "
+                        f"Decoders built like Llama, Qwen and Gemma can") from None
 
 
 def store_bytes(settings: Settings, trials: int) -> float:

@@ -7,6 +7,7 @@ intervals cover items only; the noise between run seeds is separate.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -111,9 +112,12 @@ class Reading:
         return float(np.nan_to_num(np.minimum(1.0, self.value(metric) / max(base.value(metric), 1e-12)), nan=0.0))
 
     def auc(self, foundation: str) -> Estimate:
-        """Probability that p[foundation] is larger on one of its own vignettes than on another (ties half)."""
+        """Probability that p[foundation] is larger on one of its own vignettes than on another (ties half).
+        NaN where the items have none of its own, or nothing else."""
         k = FOUNDATIONS.index(foundation)
         own, rest = self.p[self.labels == k, k], self.p[self.labels != k, k]
+        if not (len(own) and len(rest)):
+            return Estimate(math.nan, math.nan, math.nan)
         wins = (own[:, None] > rest[None]) + 0.5 * (own[:, None] == rest[None])
         a, b = _weights(len(own)), _weights(len(rest), stream=1)
         return _interval(np.einsum("bi,ij,bj->b", a, wins, b, optimize=True), min(len(own), len(rest)))
