@@ -1,0 +1,29 @@
+"""A search space: the authority loop on a model that can do the forced choice, sized for an hour and a half on 2 CPU cores.
+
+    python -m steerheal.search --space benchmarks/authority_nats.py
+"""
+
+HYPOTHESIS = ("Where authority nats are a valid readout, the loop lowers them further than a prompt or raw steering does at equal "
+              "coherence, and a tighter barrier trades that for coherence.")
+BASE = {
+    "model": "qwen2.5-coder-1.5b-instruct",
+    "rounds": 2,
+    "steer.contexts": 48,
+    "generate.prompts": 8,
+    "generate.n_keep": 24,
+    "heal.epochs": 2,
+    "heal.lr": 5e-4,
+    "heal.lam": 1.0,
+    "evaluate.shots": 7,
+    "evaluate.ladder": [0.5, 0.75, 1.0],
+    "evaluate.n_fluency": 32,
+    "evaluate.fluency_tokens": 32,
+}
+TRIALS = 4
+COST = "a complete grid of 4 barriers; about an hour and a half on 2 CPU cores"
+KL = {"heal.barrier": "kl_rev"}
+
+
+def points():
+    return [{"heal.barrier": "nll", "heal.aggregate": "rmse", "heal.tau": 0.5}] + [
+        KL | {"heal.aggregate": aggregate, "heal.tau": tau} for aggregate, tau in (("rmse", 0.1), ("rmse", 0.5), ("mean", 0.1))]
