@@ -3,8 +3,8 @@
     python -m steerheal.search --space benchmarks/authority_nats.py
 """
 
-HYPOTHESIS = ("Where authority nats are a valid readout, the loop lowers them further than a prompt or raw steering does at equal "
-              "coherence, and a tighter barrier trades that for coherence.")
+HYPOTHESIS = ("Where a model can do the forced choice, the loop lowers authority nats further than a prompt or raw steering "
+              "does at equal coherence, and a tighter barrier trades that for coherence.")
 BASE = {
     "model": "qwen2.5-coder-1.5b-instruct",
     "rounds": 2,
@@ -14,6 +14,7 @@ BASE = {
     "heal.epochs": 2,
     "heal.lr": 5e-4,
     "heal.lam": 1.0,
+    "evaluate.trait": "foundation",
     "evaluate.shots": 7,
     "evaluate.ladder": [0.5, 0.75, 1.0],
     "evaluate.n_fluency": 32,
@@ -21,9 +22,8 @@ BASE = {
 }
 TRIALS = 4
 COST = "a complete grid of 4 barriers; about an hour and a half on 2 CPU cores"
-KL = {"heal.barrier": "kl_rev"}
+ARMS = [("nll", "rmse", 0.5), ("kl_rev", "rmse", 0.1), ("kl_rev", "rmse", 0.5), ("kl_rev", "mean", 0.1)]
 
 
 def points():
-    return [{"heal.barrier": "nll", "heal.aggregate": "rmse", "heal.tau": 0.5}] + [
-        KL | {"heal.aggregate": aggregate, "heal.tau": tau} for aggregate, tau in (("rmse", 0.1), ("rmse", 0.5), ("mean", 0.1))]
+    return [dict(zip(("heal.barrier", "heal.aggregate", "heal.tau"), arm)) for arm in ARMS]

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3TextConfig
 from benchmarks import plain
 from benchmarks.memory import Measured, gemma_4b, random_model
 from benchmarks.timing import environment, in_turn
-from steerheal import chat, healing, models, personas, weights
+from steerheal import chat, generation, healing, models, personas, weights
 from steerheal.cli import run_main
 from steerheal.errors import UserError
 from steerheal.evaluation import foundations
@@ -61,19 +61,24 @@ class Bench:
         self.samples = [healing.Sample(self.prompts[i % self.rows], row) for i, row in enumerate(ids)]
         self.items = personas.vignettes("builtin", self.s.evaluate.n_items)
 
-    def generate(self, rows: int | None = None) -> None:
+    def generate(self, rows: int | None = None, tokens: int | None = None) -> bool:
+        """Whether the rows fitted as one batch."""
+        generation._fits.clear()
         prompts = [self.prompts[i % self.rows] for i in range(rows or self.rows)]
-        generate(self.lm, prompts, Sampling(self.s.generate.max_new_tokens), range(len(prompts)))
+        generate(self.lm, prompts, Sampling(tokens or self.s.generate.max_new_tokens), range(len(prompts)))
+        return not generation._fits
 
-    def heal(self, ref: str = "prev", micro_batch: int | None = None, count: int | None = None) -> None:
+    def heal(self, ref: str = "prev", micro_batch: int | None = None, count: int | None = None) -> bool:
+        """Whether the micro-batch fitted."""
         import dataclasses
 
         changed = dataclasses.replace(self.s.heal, ref=ref, micro_batch=micro_batch or self.s.heal.micro_batch,
                                       batch=max(self.s.heal.batch, micro_batch or 0))
-        healing.heal(self.student, self.samples[:count], changed, 0.3, 0, 0)
+        return healing.heal(self.student, self.samples[:count], changed, 0.3, 0, 0)[1]["micro_batch"] == changed.micro_batch
 
-    def evaluate(self) -> None:
-        foundations.evaluate(self.lm, self.items, n_shots=0, think_tokens=self.s.evaluate.think_tokens)
+    def evaluate(self, count: int | None = None) -> bool:
+        foundations.evaluate(self.lm, self.items[:count], n_shots=0, think_tokens=self.s.evaluate.think_tokens)
+        return True
 
     # -------------------------------------------------- one sample at a time
 
@@ -116,9 +121,10 @@ def fit(benches: dict[str, Bench]) -> dict[str, Any]:
         for stage, run in (("heal_prev", lambda b=b: b.heal("prev")), ("heal_base", lambda b=b: b.heal("base")),
                            ("generate", lambda b=b: b.generate()), ("evaluate", lambda b=b: b.evaluate())):
             with Measured(b.lm) as m:
-                run()
+                fitted = run()
             result[f"{name}_{stage}_gib"] = (held + m.bytes) / 2**30
-            print(f"fit      {name:5} {stage:10} peak {result[f'{name}_{stage}_gib']:7.2f} GiB", flush=True)
+            print(f"fit      {name:5} {stage:10} peak {result[f'{name}_{stage}_gib']:7.2f} GiB"
+                  + ("" if fitted else ", in smaller batches than asked for: the whole did not fit"), flush=True)
         if b.device == "cuda":
             result[f"{name}_heal_batch"] = largest(lambda n, b=b: b.heal("prev", micro_batch=n, count=n + n // 7 + 1), 48)
             result[f"{name}_generate_rows"] = largest(lambda n, b=b: b.generate(n), 512)
@@ -127,12 +133,17 @@ def fit(benches: dict[str, Bench]) -> dict[str, Any]:
     return result
 
 
-def largest(run: Callable[[int], None], limit: int) -> int:
-    """The largest power-of-two multiple of 3 up to `limit` that does not run out of memory; 0 where 3 does."""
+def largest(run: Callable[[int], bool], limit: int) -> int:
+    """The largest power-of-two multiple of 3 up to `limit` that fits whole; 0 where 3 does not.
+
+    Args:
+        run: whether so many fit; both stages take smaller batches where they run out of memory, and raise only at one.
+    """
     fits, n = 0, 3
     while n <= limit:
         try:
-            run(n)
+            if not run(n):
+                break
         except torch.OutOfMemoryError:
             break
         fits, n = n, 2 * n
@@ -147,7 +158,7 @@ def speed(benches: dict[str, Bench], small: bool) -> dict[str, Any]:
     few = 2
     for name, b in benches.items():
         tokens = b.rows * b.s.generate.max_new_tokens
-        sides: dict[str, tuple[Callable[[], None], Callable[[], None], float]] = {
+        sides: dict[str, tuple[Callable[[], object], Callable[[], None], float]] = {
             "generate": (b.generate, lambda b=b: b.generate_plain(few), b.rows / few),
             "heal": (b.heal, lambda b=b: b.heal_plain(few), len(b.samples) * 7 / 8 / few),
             "evaluate": (b.evaluate, lambda b=b: b.evaluate_plain(min(8, len(b.items))), len(b.items) / min(8, len(b.items))),
@@ -184,13 +195,15 @@ def profile(b: Bench) -> dict[str, Any]:
     """Shares of the operators' own time over one round, and on a card the share of wall time without a kernel."""
     from time import perf_counter
 
+    from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as torch_profile
 
     cuda = b.device == "cuda"
     result: dict[str, Any] = {}
     rounds: dict[str, Callable[[], object]] = {
-        "generate": b.generate, "heal": lambda: b.heal(count=13), "evaluate": b.evaluate,
+        # the profiler keeps every kernel: a few tokens and vignettes
+        "generate": lambda: b.generate(tokens=16), "heal": lambda: b.heal(count=13), "evaluate": lambda: b.evaluate(8),
         "filter": lambda: token_logps(b.lm, b.prompts[:4], [s.targets for s in b.samples[:4]])}
     for stage, run in rounds.items():
         started = perf_counter()
@@ -199,7 +212,9 @@ def profile(b: Bench) -> dict[str, Any]:
             if cuda:
                 torch.cuda.synchronize()
         wall = (perf_counter() - started) * 1e6
-        events = seen.key_averages()
+        # a card's kernels are listed by themselves, and once more as the time of the operator that started them
+        events = [e for e in seen.key_averages() if not cuda or (e.device_type == DeviceType.CUDA
+                                                                                   and not e.is_user_annotation)]
         own = {e.key: (e.self_device_time_total if cuda else e.self_cpu_time_total) for e in events}
         busy = sum(own.values())
         shares = {kind: sum(t for key, t in own.items() if any(w in key.lower() for w in words)) / busy

@@ -6,9 +6,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import ctypes
 import datetime
-import gc
 import io
 import json
 import shutil
@@ -176,8 +174,6 @@ def _sizes(small: bool) -> tuple[int, ...]:
 
 def _peak(folder: Path) -> float:
     """MiB by which the process grows while it opens the study and rebuilds the ledger."""
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # what was freed before must not be there to be used again
     before = forget_peak()
     ledger.write(ledger.create_study(folder), folder)
     return 1024 * (resident_peak() - before)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from benchmarks import plain
 from benchmarks.timing import environment, forget_peak, in_turn, resident_peak
-from steerheal import chat, cpu, divergence, healing, models, personas
+from steerheal import chat, divergence, healing, models, personas
 from steerheal.cli import run_main
 from steerheal.generation import Sampling, generate
 from steerheal.healing import Sample
@@ -40,7 +40,7 @@ def ours(student: Student, samples: list[Sample], parameters: list[torch.nn.Para
          micro_batch: int = 6, checkpointing: bool = False) -> list[Tensor | None]:
     """`epochs` steps on one effective batch, the reference made once; the last step's gradient."""
     settings = HealSettings(tau=0.0, gradient_checkpointing=checkpointing)
-    with cpu.products(student.lm):
+    with healing.training(student.lm):
         reference = healing._reference_states(student, samples, "base")
         student._activate(["round"])
         for _ in range(epochs):

@@ -6,6 +6,9 @@ Importing the package is free: torch, transformers and Ray load only in the modu
 __version__ = "0.1.0"
 
 import logging
+import os
 
+# Read when CUDA's allocator starts: with fixed segments, going from generation to healing can fail from fragments alone.
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 # On some CPUs it tells at every import that an optional kernel is missing; nobody who types a command can use that.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

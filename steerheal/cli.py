@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 
@@ -12,7 +13,7 @@ from steerheal.settings import leaves
 
 
 def run_main(action: Callable[[], int]) -> None:
-    """Run a command; a UserError is printed without a traceback and exits with 2, Ctrl-C with 130."""
+    """Run a command; a UserError is printed without a traceback and exits with 2, Ctrl-C with 130, SIGTERM with 143."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of an optional kernel at every import
     try:
         code = action()
@@ -21,11 +22,15 @@ def run_main(action: Callable[[], int]) -> None:
         code = 2
     except KeyboardInterrupt:
         code = 130
+    except SystemExit as error:  # Ray, while it starts or ends, answers SIGTERM so
+        if error.code != signal.SIGTERM:
+            raise
+        code = 128 + signal.SIGTERM
     except BrokenPipeError:  # `... --list | head`: the reader has what it wanted
         os._exit(0)
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code) if code == 130 else sys.exit(code)
+    os._exit(code) if code > 128 else sys.exit(code)
 
 
 def merged_flags(argv: Sequence[str], flag: str) -> list[str]:

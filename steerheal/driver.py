@@ -118,10 +118,11 @@ def _tune(plan: Plan, search: searcher.StudySearcher, machine: Machine, count: i
     with _quiet():
         try:
             _connect(machine, scratch)
+            resources = _resources(machine)
             tuner = tune.Tuner(
-                tune.with_resources(HealTrial, _resources(machine)),
+                tune.with_resources(HealTrial, resources),
                 param_space=dict(flat=to_flat(plan.settings), folder=str(plan.folder), store=str(plan.store),
-                                 commit=plan.commit),
+                                 commit=plan.commit, gpu=resources["gpu"]),
                 tune_config=tune.TuneConfig(search_alg=search, num_samples=count, reuse_actors=True,
                                             max_concurrent_trials=machine.concurrent),
                 run_config=tune.RunConfig(name="run", storage_path=str(scratch), stop=Halt(), verbose=0,
@@ -139,7 +140,7 @@ def _connect(machine: Machine, scratch: Path) -> None:
     import ray
 
     common: dict[str, Any] = dict(log_to_driver=False, logging_level=logging.ERROR, runtime_env={
-        "env_vars": {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", "HF_HUB_OFFLINE": "1"}})
+        "env_vars": {"PYTORCH_CUDA_ALLOC_CONF": os.environ["PYTORCH_CUDA_ALLOC_CONF"], "HF_HUB_OFFLINE": "1"}})
     if machine.address is None:
         cores = len(os.sched_getaffinity(0))
         where, help_ = "Ray did not start", "The machine may be overloaded: give the same command again."

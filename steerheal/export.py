@@ -18,7 +18,7 @@ from typing import Any
 
 import pandas as pd
 
-from steerheal import __version__, ledger, plan, weights
+from steerheal import __version__, ledger, personas, plan, weights
 from steerheal.errors import UserError
 from steerheal.objectives import VERDICTS
 from steerheal.settings import Settings, from_flat, to_flat
@@ -73,7 +73,7 @@ def factors(member: Member) -> dict[str, Any]:
     """
     from steerheal import history
 
-    rounds = []
+    rounds, bits = [], []
     for digest in json.loads(member.row["chain"]):
         found = member.store.load(digest)
         if found is None:
@@ -81,12 +81,17 @@ def factors(member: Member) -> dict[str, Any]:
                             f"the search, or take a copy under adapters/ in its folder; the search's command with --restart "
                             f"computes all of it again.")
         rounds.append(history.from_tensors(found.tensors))
+        bits.append(found.record["bits"])
+    if personas.texts_digest(bits) != member.row["adapter"]:
+        raise UserError(f"{member.name}: the stage store {member.store.root} holds another adapter than the one that was "
+                        f"measured: a damaged healing was computed again, on another machine or card. The search's command "
+                        f"with --restart measures the one that is there.")
     return history.fold(rounds)
 
 
 def base_name(model: str) -> str:
     """The base model as adapter_config.json should name it: a hub id, or the folder its weights lie in."""
-    return str(weights.locate(model)) if model in weights.WHEEL_MODELS else model
+    return str(weights.locate(model)) if model in weights.WHEEL_MODELS or weights.is_local(model) else model
 
 
 def write_adapter(member: Member, target: Path) -> None:
@@ -236,7 +241,7 @@ def loading_code(flat: dict[str, Any], adapter: str, commit: str) -> str:
     model, dtype, nf4 = flat["model"], f"torch.{flat['dtype']}", flat["quantise"] == "nf4"
     spec = weights.WHEEL_MODELS.get(model)
     cast: list[str] = []
-    imports, setup, source = ["import torch", "from peft import PeftModel"], [], [repr(model)]
+    imports, setup, source = ["import torch", "from peft import PeftModel"], [], [repr(model if spec else base_name(model))]
     classes = ["AutoModelForCausalLM", "AutoTokenizer"]
     if spec and len(spec.parts) == 1 and not nf4:  # transformers reads the GGUF file where pip put it
         requirement, member = spec.parts[0]

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
+from steerheal.errors import UserError
 from steerheal.forward import token_logps
 from steerheal.generation import Completion
 from steerheal.history import Student
@@ -95,8 +96,17 @@ def soup(lm: LM, ids: Sequence[int], nll: Tensor) -> float:
 
 
 def gates(unsteered: Sequence[Score], settings: FilterSettings) -> Gates:
-    """The gates of the settings, or else of a model by its own unsteered completions."""
+    """The gates of the settings, or else of a model by its own unsteered completions.
+
+    Raises:
+        UserError: these are all too short to tell.
+    """
+    if settings.ppl_gate and settings.soup_gate:
+        return Gates(settings.ppl_gate, settings.soup_gate)
     judged = [s for s in unsteered if s.tokens >= MIN_TOKENS]
+    if not judged:
+        raise UserError(f"every unsteered completion is shorter than {MIN_TOKENS} tokens, so the filter's gates cannot be "
+                        f"taken from them. Raise generate.max_new_tokens, or set both filter.ppl_gate and filter.soup_gate.")
     highest = float(np.percentile([s.perplexity for s in judged], PERPLEXITY_PERCENTILE))
     return Gates(settings.ppl_gate or PERPLEXITY_FACTOR * highest,
                  settings.soup_gate or SOUP_FACTOR * float(np.median([s.soup for s in judged])))

@@ -62,11 +62,7 @@ def heal(student: Student, samples: Sequence[Sample], settings: HealSettings, la
     """
     order = _permutation(len(samples), run_seed, round_index, "split")
     n_val = max(len(samples) // 8, 1)
-    # The float32 adapters multiply in the base's bfloat16: a fifth faster, and the reference sees the same rounding.
-    # Without cache_enabled=False autocast would go on using the bfloat16 copies of the first step's weights.
-    autocast = torch.autocast(student.lm.device.type, torch.bfloat16, cache_enabled=False,
-                              enabled=student.lm.model.dtype == torch.bfloat16)
-    with cpu.products(student.lm), attention_by_rows(), autocast:
+    with training(student.lm):
         train = sorted(order[n_val:])
         reference = {}
         if settings.barrier != "nll":
@@ -78,6 +74,15 @@ def heal(student: Student, samples: Sequence[Sample], settings: HealSettings, la
         finally:
             factors = student.finish_round()
     return factors, record
+
+
+@contextlib.contextmanager
+def training(lm: LM) -> Iterator[None]:
+    """What a step runs under. The float32 adapters multiply in the base's bfloat16: a fifth faster, and the reference sees the
+    same rounding. Without cache_enabled=False autocast would go on using the bfloat16 copies of the first step's weights."""
+    autocast = torch.autocast(lm.device.type, torch.bfloat16, cache_enabled=False, enabled=lm.model.dtype == torch.bfloat16)
+    with cpu.products(lm), attention_by_rows(), autocast:
+        yield
 
 
 def _train(student: Student, parameters: list[nn.Parameter], samples: Sequence[Sample], train: list[int],
@@ -115,6 +120,9 @@ def _train(student: Student, parameters: list[nn.Parameter], samples: Sequence[S
         epoch_rows = rows[-math.ceil(len(train) / settings.batch) :]
         train_nll.append(sum(row["nll"] for row in epoch_rows) / len(epoch_rows))
         val_nll.append(_validation_nll(student, held_out))
+        if not math.isfinite(val_nll[-1]):
+            raise FloatingPointError(f"healing: the validation loss after epoch {epoch} is {val_nll[-1]}. A smaller heal.lr "
+                                     f"(now {settings.lr:g}) is the usual way out.")
         if settings.early_stop:
             if epoch == 0 or val_nll[-1] < val_nll[best]:
                 best, kept = epoch + 1, [p.detach().clone() for p in parameters]

@@ -179,11 +179,11 @@ class HealLoop:
         self.where = "base"
         base = bench.reading((), gate)
         coherence = base.value("coherence")
-        if coherence < objectives.BASE_COHERENCE_FLOOR:
+        if not coherence >= objectives.BASE_COHERENCE_FLOOR:  # nor is NaN
+            way = "" if s.evaluate.shots == 14 else f"--set evaluate.shots=14 (now {s.evaluate.shots}), or "
             raise UserError(
                 f"model {bench.lm.name}: base coherence is {coherence:.2f}, under {objectives.BASE_COHERENCE_FLOOR}: it "
-                f"cannot answer the forced choice, so nothing could be measured on it. Try "
-                f"--set evaluate.shots=14 (now {s.evaluate.shots}), or another model.")
+                f"cannot answer the forced choice, so nothing could be measured on it. Try {way}another model.")
         trait, reason = objectives.choose_trait(self.persona, s.evaluate.trait, base)
         diary = bench.diary(())
         self.where = "persona as a prompt"

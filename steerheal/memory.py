@@ -156,7 +156,9 @@ def stages(m: Shape, s: Settings, device: str) -> dict[str, float]:
     from steerheal.forward import LOGIT_ROWS, PACK_TOKENS
 
     g, e = s.generate, s.evaluate
-    held = m.weights + (s.rounds - 1) * m.adapter(s) + (OVERHEAD if device == "cuda" else 0)
+    history = (s.rounds - 1) * m.adapter(s)
+    held = m.weights + history + (OVERHEAD if device == "cuda" else 0)
+    copies = history / 2 if m.bytes == 2 and not s.heal.gradient_checkpointing else 0  # in bfloat16, for the backward pass
     pack = m.forward(PACK_TOKENS[device]) + 2.0 * PACK_TOKENS[device] ** 2 * 2 * m.bytes
     thinkers = max(TOKENS // (3 * PROMPT + e.think_tokens), 1)
     think = generating(m, thinkers, 3 * PROMPT, e.think_tokens) + 8.0 * thinkers * m.vocabulary if e.think_tokens else 0.0
@@ -165,6 +167,6 @@ def stages(m: Shape, s: Settings, device: str) -> dict[str, float]:
         "weights": m.weights,
         "generate": held + merging(m, s) + generating(m, rows, PROMPT, g.max_new_tokens),
         "filter": held + max(scoring(m, LOGIT_ROWS), pack),
-        "heal": held + healing(m, s, g.n_keep, PROMPT, g.max_new_tokens, device),
+        "heal": held + copies + healing(m, s, g.n_keep, PROMPT, g.max_new_tokens, device),
         "evaluate": held + max(think, pack, merging(m, s) + generating(m, e.n_fluency, PROMPT, e.fluency_tokens)),
     }

@@ -11,6 +11,7 @@ sends the trait anywhere and any ratio looks splendid.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -155,6 +156,8 @@ def best(rounds: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
 
 def finished(outcomes: Sequence[Outcome], rounds: int) -> str | None:
     """The name of the trial's end, None where it goes on."""
+    if outcomes and not math.isfinite(outcomes[-1].trait_gain):  # no round can be built on a model that diverged
+        return "broken"
     if len(outcomes) >= 2 and not outcomes[-1].deliverable and not outcomes[-2].deliverable:
         return "broken"
     if len(outcomes) >= rounds:

@@ -51,6 +51,8 @@ def run(args: Args) -> int:
     from steerheal.single import folder_of
 
     personas.load(settings.persona)  # as early, for the same reason
+    if args.export and args.export.exists():
+        raise UserError(f"--export {args.export}: exists already; name a new folder.")
     folder = folder_of(args.out, settings)
     try:
         if args.diagnose:

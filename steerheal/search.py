@@ -158,7 +158,7 @@ def _search(plan: Plan, args: Args) -> int:
 
     _prove_writable(plan.folder)
     if not plan.resumed:
-        doctor.cheap(plan.settings, plan.trials, plan.folder)
+        doctor.cheap(plan.settings, plan.trials, plan.folder, 1 if args.address else args.concurrent)
     # fetched and converted before any worker waits for it; a resumed search stays on the commit it began with
     plan.commit = weights.hub_commit(weights.locate(plan.settings.model, plan.commit))
     plan.write()

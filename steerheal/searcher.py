@@ -195,7 +195,8 @@ def worth(end: str, rounds: list[dict[str, Any]]) -> tuple[tuple[float, float], 
     if end in WORTHLESS:
         return None
     if end == "starved":  # the student that went into the starved round; base where none was delivered
-        gain, kept = (rounds[-1]["trait_gain"], rounds[-1]["coherence_kept"]) if rounds else (0.0, 1.0)
+        last = ([r for r in rounds if math.isfinite(r["trait_gain"])] or [dict(trait_gain=0.0, coherence_kept=1.0)])[-1]
+        gain, kept = last["trait_gain"], last["coherence_kept"]
         constraint = 1.0
     else:
         best = objectives.best(rounds)

@@ -23,6 +23,8 @@ def export(plan: Plan, table: Any) -> int:
         if old not in wanted:
             shutil.rmtree(old)
     for folder, member in wanted.items():
-        if not (folder / "adapter_config.json").exists():  # written last, so its presence means a whole adapter
+        written = folder / ".adapter"  # last, so that it means a whole adapter, and this one: another may have had its name
+        if not written.exists() or written.read_text() != member.row["adapter"]:
             history.export(factors(member), folder, base_name(plan.settings.model), plan.commit)
+            written.write_text(member.row["adapter"])
     return len(wanted)

@@ -6,6 +6,7 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may depend on a network
 os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests are those of a CPU, on every machine
 
 import pytest
 import torch

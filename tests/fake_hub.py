@@ -21,7 +21,8 @@ class Hub:
         self.url = ""
 
     def environment(self, home: Path) -> dict[str, str]:
-        return dict(HF_ENDPOINT=self.url, HF_HOME=str(home), HF_HUB_OFFLINE="0", HF_HUB_DISABLE_XET="1",
+        return dict(HF_ENDPOINT=self.url, HF_HOME=str(home), HF_HUB_CACHE=str(home / "hub"), HF_HUB_OFFLINE="0",
+                    HF_TOKEN="", HUGGING_FACE_HUB_TOKEN="", HF_TOKEN_PATH=str(home / "token"), HF_HUB_DISABLE_XET="1",
                     HF_HUB_DISABLE_TELEMETRY="1", no_proxy="*")
 
 

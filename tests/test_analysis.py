@@ -178,6 +178,8 @@ def test_trajectory_walks_from_base_over_steered_to_healed(make_search):
     assert list(healed["trait_gain"]) == list(rows["trait_gain"])
     assert list(healed["incoherence"]) == pytest.approx(list(1 - rows["coherence"]))
     assert d.floor == pytest.approx(1 - 0.85 * 0.93) and d.wanted == {"authority": -1}
+    signed = make_search("signed", trials=1, settings={"evaluate.trait": "+care"})
+    assert trajectory.data(signed).wanted == {"care": 1}
     with pytest.raises(UserError, match="--trial 99"):
         trajectory.data(folder, trial=99)
 

@@ -60,3 +60,40 @@ def test_the_readout(lm, think):
     items = personas.vignettes("builtin", 7)
     ours = foundations.evaluate(lm, items, n_shots=0, think_tokens=think).tensors["logp"]
     torch.testing.assert_close(ours, plain.read(lm, items, 0, think), atol=1e-4, rtol=1e-4)
+
+
+def test_the_largest_batch_is_one_that_was_not_halved(lm, monkeypatch):
+    from benchmarks import gpu
+    from steerheal import generation
+    from steerheal.generation import Sampling, generate
+
+    monkeypatch.setattr(generation, "_fits", {})
+    monkeypatch.setattr(generation, "_generate", halving(generation._generate, 6))
+
+    def fits(n):
+        generation._fits.clear()
+        generate(lm, [[1, 2]] * n, Sampling(4), range(n))
+        return not generation._fits
+
+    assert gpu.largest(fits, 48) == 6
+
+
+def halving(step, limit):
+    def cramped(lm, prompts, *args):
+        if len(prompts) > limit:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return step(lm, prompts, *args)
+
+    return cramped
+
+
+def test_the_healing_benchmark_runs_what_healing_runs(lm, monkeypatch):
+    """Attention by rows included: without it a benchmark once timed something else."""
+    from benchmarks import healing as benchmark
+
+    spread = []
+    monkeypatch.setattr(forward.Rows, "spread", lambda rows, x, real=forward.Rows.spread: spread.append(1) or real(rows, x))
+    student = Student(lm)
+    parameters = student.start_round(student.targets(0, 1), 4, 0, 0)
+    benchmark.ours(student, [Sample([1, 2, 3], [4, 5, 6]), Sample([1, 2, 3], [7, 8])], parameters, 1)
+    assert spread

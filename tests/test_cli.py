@@ -10,8 +10,10 @@ import warnings
 from pathlib import Path
 
 import pytest
+from torch import OutOfMemoryError
 
 from steerheal import plan, spaces, weights
+from steerheal import run as one_run
 from steerheal.cli import merged_flags, setting_flags
 from steerheal.errors import UserError
 
@@ -61,6 +63,7 @@ def test_listing_and_help_load_nothing_heavy(flag):
     (["reg", "--trials", "22"], ["the grid of reg has 21 points"]),
     (["--space", "nowhere.py"], ["nowhere.py: no such file"]),
     (["quickstart", "--space", "a.py"], ["name one search space"]),
+    (["quickstart", "--name", "july/tau"], ["--name july/tau: must be a name", "--out"]),
     (["quickstart", "--status"], ["holds no search"]),
     (["quickstart", "--model", "no/such-model"], ["no/such-model", "smollm2-135m-instruct"]),
 ])
@@ -104,6 +107,17 @@ def test_every_setting_is_a_flag_of_run():
         "--set", "heal.tau=0.1", "--model", "m", "--set", "rounds=2", "--set", "seed=1", "--heal.tua", "3"]
     code, text = run("--heal.tau", "-1", "--rounds", "x", module="steerheal.run")
     assert code == 2 and "heal.tau = -1" in text and "rounds = 'x'" in text and "Traceback" not in text
+
+
+@pytest.mark.parametrize("error,words", [(FloatingPointError("the loss is nan. A smaller heal.lr"), "A smaller heal.lr"),
+                                         (OutOfMemoryError("CUDA out of memory"), "steerheal.doctor --model")])
+def test_a_single_run_that_cannot_go_on_says_why(error, words, tiny_folder, tmp_path, monkeypatch):
+    def fails(*args):
+        raise error
+
+    monkeypatch.setattr("steerheal.models.load", fails)
+    with pytest.raises(UserError, match=words):
+        one_run.run(one_run.Args(model=str(tiny_folder), out=tmp_path))
 
 
 def make(tmp_path, **kw):

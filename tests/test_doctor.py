@@ -1,5 +1,6 @@
 """What the doctor says of machines that are not at hand: each failure in words, with its way out."""
 
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -74,8 +75,27 @@ def test_a_cpu_build_beside_a_card_and_a_card_in_use(gemma, tmp_path):
 
 def test_the_missing_extra_is_told_before_the_download(gemma, tmp_path):
     found = said(from_flat(preset(weights.GEMMA) | {"model": weights.GEMMA}), tmp_path)
-    if not found["items"][0]:
-        assert "evaluate.items=builtin" in found["items"][1]
+    assert found["items"][0] == bool(importlib.util.find_spec("tinymfv"))
+    assert found["items"][0] or "evaluate.items=builtin" in found["items"][1]
+
+
+def test_the_card_is_not_looked_at_for_a_run_on_the_cpu(gemma, tmp_path):
+    gemma.setattr(weights, "cards", lambda: [("RTX 3090", 24.0, 6.0)])
+    on_cpu = from_flat(preset(weights.GEMMA) | {"model": weights.GEMMA, "evaluate.items": "builtin", "device": "cpu"})
+    assert said(on_cpu, tmp_path)["card"] == (True, "not asked for (device = cpu)")
+
+
+def test_an_unknown_trait_is_told_before_the_download(gemma, tmp_path):
+    found = said(from_flat({"model": weights.GEMMA, "persona": "nobody"}), tmp_path)
+    assert not found["persona"][0] and "no such trait. Built-in: authority" in found["persona"][1]
+
+
+def test_an_architecture_of_another_kind_is_refused_in_words(gemma, tmp_path):
+    from transformers import GPT2Config
+
+    gemma.setattr(model, "_config", lambda name: GPT2Config(n_layer=2, n_embd=32, n_head=2))
+    ok, text = said(GEMMA, tmp_path)["fits"]
+    assert not ok and "this architecture cannot be steered and healed here" in text and "Llama, Qwen and Gemma" in text
 
 
 def test_a_search_is_told_everything_at_once(gemma, tmp_path):

@@ -65,3 +65,9 @@ def test_it_stops_at_n_keep():
     harvest, _ = simulate(lambda k: 1.0, n_keep=40)
     assert len(harvest.kept) == 40 and len(harvest.batches) == 2
     assert harvest.survival == 1.0
+
+
+def test_where_probes_are_enough_survival_is_that_of_the_chosen_one():
+    shares = {1.0: 0.25, 0.2**0.5: 1.0, 0.2**0.25: 1.0}  # then every dose between is too much
+    harvest, _ = simulate(lambda k: next((s for kappa, s in shares.items() if abs(k - kappa) < 1e-9), 0.375), n_keep=12)
+    assert not harvest.batches and harvest.kappa == pytest.approx(0.2**0.25) and harvest.survival == 1.0

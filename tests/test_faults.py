@@ -203,6 +203,24 @@ def test_looking_at_a_search_without_its_study_leaves_the_backup_to_come_back(tm
     assert len(ledger.open_study(tmp_path).trials) == 3
 
 
+@pytest.mark.parametrize("content", [b"", b"not a database", None], ids=["empty", "overwritten", "truncated"])
+def test_looking_at_a_damaged_study_is_a_sentence(tmp_path, content):
+    make_study(tmp_path, 3)
+    path = tmp_path / "study.db"
+    path.write_bytes(path.read_bytes()[:5000] if content is None else content)
+    with pytest.raises(UserError, match=r"study\.db.*command"):
+        ledger.open_study(tmp_path)
+
+
+def test_a_damaged_ledger_is_a_sentence(tmp_path):
+    pd.DataFrame(dict(trial=range(1000), text=[str(i) for i in range(1000)])).to_parquet(tmp_path / "ledger.parquet")
+    whole = (tmp_path / "ledger.parquet").read_bytes()
+    for damaged in (b"", whole[:100], whole[:200] + b"\xff" * 400 + whole[600:]):
+        (tmp_path / "ledger.parquet").write_bytes(damaged)
+        with pytest.raises(UserError, match="cannot be read"):
+            ledger.read(tmp_path)
+
+
 def test_a_study_damaged_beyond_its_backup_starts_anew_and_is_kept(tmp_path):
     make_study(tmp_path, 2)
     (tmp_path / "study.db").write_bytes(b"not a database")
@@ -233,7 +251,7 @@ def trial(tiny_folder, tmp_path):
 
         flat = quickstart.BASE | TINY | {"model": str(tiny_folder), "heal.tau": 0.5} | overrides
         return HealTrial(dict(flat=flat, params={}, index=0, folder=str(tmp_path / "s"), store=str(tmp_path / "stages"),
-                              commit=""))
+                              commit="", gpu=0))
 
     return make
 
@@ -246,9 +264,9 @@ def test_a_model_that_diverged_fails_its_trial_and_says_so(trial, monkeypatch):
         return {name: (a * float("nan"), b) for name, (a, b) in factors.items()}, record
 
     monkeypatch.setattr(healing, "heal", diverged)
-    result = trial(rounds=1).step()
+    result = trial(rounds=3).step()
     row = json.loads(result["row"])
-    assert result["end"] == "rounds" and row["verdict"] == "broken" and row["coherence_kept"] == 0
+    assert result["end"] == "broken" and row["verdict"] == "broken" and row["coherence_kept"] == 0
     study = optuna.create_study(directions=["maximize"] * 2)
     told = searcher.StudySearcher(study, {"heal.tau": optuna.distributions.FloatDistribution(0, 1)}, [0], {}, "tpe", 0)
     told.suggest("a")
@@ -266,6 +284,27 @@ def test_a_proposal_that_cannot_be_ends_its_trial_and_not_the_search(trial):
     own.trial_config["params"] = wrong
     result = own.step()
     assert result["end"] == "error" and "generate.min_train = 12" in result["error"] and not result["fatal"]
+
+
+def test_a_trial_that_begins_after_a_request_to_stop_loads_nothing(trial, tmp_path, monkeypatch):
+    monkeypatch.setattr(models, "load", lambda *args: pytest.fail("loaded"))
+    one = trial()
+    one.folder.mkdir(parents=True)
+    (one.folder / ".stop").touch()
+    result = one.step()
+    assert result["end"] == "stopped" and result["done"]
+
+
+def test_a_worker_whose_card_is_lost_ends_so_that_ray_starts_another(trial, monkeypatch):
+    def lost(*args):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(models, "load", lost)
+    monkeypatch.setattr(os, "_exit", lambda code: (_ for _ in ()).throw(SystemExit(code)))
+    one = trial()
+    with pytest.raises(SystemExit):
+        one.step()
+    assert "illegal memory access" in (one.folder / "errors" / "trial-0.txt").read_text()
 
 
 def test_a_full_disk_ends_the_search_in_words(trial, tmp_path):

@@ -6,6 +6,7 @@ import torch
 from conftest import make_lm
 
 from steerheal import chat, filtering, models, personas
+from steerheal.errors import UserError
 from steerheal.filtering import Gates, Score, reasons, repetition
 from steerheal.generation import Completion, Sampling, generate
 from steerheal.history import Student
@@ -50,6 +51,13 @@ def test_each_criterion_can_be_switched_off_alone():
     assert reasons(bad, FilterSettings(coherence=False), gates) == ["short", "narration", "refusal"]
     assert reasons(bad, FilterSettings(narration=False, refusal=False), gates) == ["short", "perplexity", "repetition", "soup"]
     assert reasons(Score(5.0, 0.1, 0.9, False, False, 40), FilterSettings(), gates) == []
+
+
+def test_a_model_that_says_hardly_a_word_needs_gates_of_the_settings():
+    short = [Score(5.0, 0.0, 1.0, False, False, 3)]
+    assert filtering.gates(short, FilterSettings(ppl_gate=12.0, soup_gate=0.7)) == Gates(12.0, 0.7)
+    with pytest.raises(UserError, match=r"filter\.ppl_gate"):
+        filtering.gates(short, FilterSettings())
 
 
 def test_gates_come_from_unsteered_completions_or_from_the_settings():

@@ -100,6 +100,14 @@ def test_spectral_norm_is_the_largest_singular_value():
     assert all(torch.isfinite(p.grad).all() for p in zero)
 
 
+def test_the_spectral_norm_is_not_taken_in_bfloat16():
+    g = torch.Generator().manual_seed(1)
+    parameters = [torch.randn(4, 10, generator=g), torch.randn(12, 4, generator=g)]
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = healing.spectral_norm(parameters)
+    assert inside == healing.spectral_norm(parameters) and inside.dtype == torch.float32
+
+
 def test_a_loss_that_is_not_finite_names_step_sample_and_way_out_and_leaves_the_student_sane(lm):
     before = lm.model(IDS).logits
     student = Student(lm)

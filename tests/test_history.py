@@ -81,6 +81,24 @@ def test_merging_for_generation_gives_the_exact_bits_back(any_lm):
     assert torch.equal(any_lm.model(IDS).logits, before)
 
 
+def test_memory_that_runs_out_while_merging_leaves_the_base_as_it_was(lm, monkeypatch):
+    student = Student(lm)
+    factors, _ = train(student)
+    student.load_history([factors])
+    before, real, calls = lm.model(IDS).logits, history._factors, []
+
+    def scarce(layer, name):
+        calls.append(name)
+        if len(calls) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(layer, name)
+
+    monkeypatch.setattr(history, "_factors", scarce)
+    with pytest.raises(torch.OutOfMemoryError), student.merged():
+        pytest.fail("nothing was merged")
+    assert torch.equal(lm.model(IDS).logits, before)
+
+
 @pytest.mark.parametrize("architecture", ["llama", "gemma3"])
 def test_exports_load_in_plain_peft(architecture, tmp_path):
     from peft import PeftConfig, PeftModel

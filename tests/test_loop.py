@@ -123,3 +123,12 @@ def test_vignettes_are_stratified():
     counts = {f: sum(v.foundation == f for v in chosen) for f in personas.FOUNDATIONS}
     assert set(counts.values()) == {10}
     assert len(personas.vignettes("builtin", 9)) == 9
+
+
+def test_losses_of_an_early_stop_are_those_of_the_adapter_that_is_kept(tmp_path):
+    loop, rounds, _ = run(tmp_path, rounds=1, **{"heal.early_stop": 1, "heal.epochs": 8, "heal.lr": 0.05})
+    record = loop.bench.stored(rounds[0].chain[-1]).record
+    best = int(np.argmin(record["val_nll"][1:]))
+    assert best < len(record["val_nll"]) - 2, "the script of this test: the last epoch must be worse"
+    assert rounds[0].details["val_nll_last"] == record["val_nll"][best + 1]
+    assert rounds[0].details["train_nll"] == record["train_nll"][best]

@@ -1,5 +1,6 @@
 import hashlib
 import json
+import types
 import zipfile
 
 import pytest
@@ -35,6 +36,36 @@ def test_a_local_folder_loads_and_its_digest_follows_its_bytes(tiny_folder, cach
     data[-1] ^= 1
     (copy / "model.safetensors").write_bytes(bytes(data))
     assert models.load(from_flat({"model": str(copy), "dtype": "float32"})).digest != lm.digest
+
+
+def test_only_the_hubs_own_snapshots_are_known_by_their_commit(tmp_path):
+    assert weights.hub_commit(tmp_path / "models--a--b" / "snapshots" / "abc") == "abc"
+    assert weights.hub_commit(tmp_path / "project" / "snapshots" / "final") == ""
+
+
+def test_memory_that_runs_out_while_loading_is_no_fault_of_the_folder(tiny_folder, cache, monkeypatch):
+    def full(*args, **kw):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(models.AutoModelForCausalLM, "from_pretrained", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        models.load(from_flat({"model": str(tiny_folder)}))
+
+
+@pytest.mark.parametrize("visible,asked", [(None, []), ("1", ["--id=1"]), ("", None), ("-1", None)])
+def test_the_cards_are_those_that_cuda_would_see(visible, asked, monkeypatch):
+    seen = []
+
+    def smi(command, **kw):
+        seen.append(command[3:])
+        return types.SimpleNamespace(returncode=0, stdout="NVIDIA GeForce RTX 3090, 24576, 24000\n")
+
+    monkeypatch.setattr(weights.subprocess, "run", smi)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert weights.cards() == ([] if asked is None else [("NVIDIA GeForce RTX 3090", 24.0, 24000 / 1024)])
+    assert seen == ([] if asked is None else [asked])
 
 
 def test_architecture_handles(any_lm):

@@ -1,3 +1,5 @@
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -83,6 +85,25 @@ def test_the_foundation_is_only_taken_where_it_can_be_read():
     assert objectives.choose_trait(PERSONA, "foundation", lazy)[0] == Trait("authority_nats", -1)
 
 
+def test_agreement_is_held_against_the_commonest_label():
+    """Always the commonest answer: right on half of these items, which says nothing."""
+    labels = np.repeat(np.arange(7), [35, 5, 5, 10, 5, 5, 5])
+    lazy = reading()
+    lazy.labels, lazy.p = labels, np.full((70, 7), 0.01)
+    lazy.p[:, 0] = 0.9
+    lazy.p[labels == 3, 3] = 0.02
+    trait, reason = objectives.choose_trait(PERSONA, "auto", lazy)
+    assert trait.metric == "conduct_nats" and "chance 0.50" in reason
+
+
+def test_items_without_the_traits_foundation_leave_conduct():
+    some = reading()
+    some.labels = np.zeros(70, dtype=int)
+    assert np.isnan(some.auc("authority")).all() and np.isnan(some.auc("care")).all()
+    assert objectives.choose_trait(PERSONA, "auto", some)[0].metric == "conduct_nats"
+    assert objectives.choose_trait(PERSONA, "conduct", some)[0].metric == "conduct_nats"
+
+
 def row(gain, kept, violation=None):
     return dict(trait_gain=gain, coherence_kept=kept, violation=0.85 - kept if violation is None else violation)
 
@@ -100,6 +121,7 @@ def test_what_the_study_is_told():
     assert searcher.worth("rounds", rounds) == ((0.5, 0.95), pytest.approx(-0.10))
     assert searcher.worth("starved", rounds) == ((0.5, 0.95), 1.0)
     assert searcher.worth("starved", []) == ((0.0, 1.0), 1.0)
+    assert searcher.worth("starved", [row(0.5, 0.95), row(float("nan"), 0.0)]) == ((0.5, 0.95), 1.0)
     assert searcher.worth("broken", [row(3.0, 0.5)]) == ((3.0, 0.5), pytest.approx(0.35))
     assert searcher.worth("error", rounds) is None and searcher.worth("stopped", rounds) is None
     assert searcher.worth("rounds", [row(float("nan"), 0.9)]) is None and searcher.worth("rounds", []) is None
@@ -108,6 +130,7 @@ def test_what_the_study_is_told():
 def test_ends():
     good, flat, bad = verdict(), verdict(healed=0.0), verdict(coherence=0.1)
     assert objectives.finished([good], 3) is None
+    assert objectives.finished([good, dataclasses.replace(good, trait_gain=float("nan"))], 3) == "broken"
     assert objectives.finished([good] * 3, 3) == "rounds"
     assert objectives.finished([good, bad, bad], 8) == "broken"
     assert objectives.finished([bad, good, bad], 8) is None

@@ -97,3 +97,48 @@ def test_a_broken_persona_file_names_everything_at_once(tmp_path):
         assert word in str(error.value)
     with pytest.raises(UserError, match=r"no such trait. Built-in: authority"):
         personas.load("nobody")
+
+
+CONDUCT = 'conduct = [{prompt = "q", pairs = [{enact = "a", oppose = "b"}]}]'
+WHOLE = f"""
+name = "x"
+summary = "s"
+positive = "p"
+negative = "n"
+headline = ["h"]
+dilemmas = ["d"]
+{CONDUCT}
+[readout]
+foundation = "care"
+direction = 1
+conduct_direction = 1
+off_target = []
+[patterns]
+narration = []
+refusal = []
+"""
+
+
+def test_lists_of_the_wrong_kind_are_refused(tmp_path):
+    path = tmp_path / "x.toml"
+    path.write_text(WHOLE)
+    assert personas.load(str(path)).conduct[0].pairs == (("a", "b"),)
+    for old, new, words in (
+            ("off_target = []", 'off_target = ["kindness"]', "readout.off_target = ['kindness']: allowed: care"),
+            ('dilemmas = ["d"]', "dilemmas = []", "dilemmas: expected texts, at least 1"),
+            ('headline = ["h"]', "headline = [1]", "headline: expected texts"),
+            ("narration = []", "narration = [5]", "narration: expected texts"),
+            (CONDUCT, "conduct = []", "conduct: expected at least one"),
+            (CONDUCT, 'conduct = ["x"]', "conduct[0]: needs a prompt"),
+            ('pairs = [{enact = "a", oppose = "b"}]', "pairs = 3", "conduct[0]: needs a prompt")):
+        assert old in WHOLE
+        path.write_text(WHOLE.replace(old, new))
+        with pytest.raises(UserError) as error:
+            personas.load(str(path))
+        assert words in str(error.value)
+    path.write_bytes(WHOLE.replace("summary = \"s\"", "summary = \"caf\xe9\"").encode("latin-1"))
+    with pytest.raises(UserError, match="not valid TOML"):
+        personas.load(str(path))
+    (tmp_path / "v.jsonl").write_bytes(b'{"text": "caf\xe9", "foundation": "care"}')
+    with pytest.raises(UserError, match="must be UTF-8"):
+        personas.vignettes(str(tmp_path / "v.jsonl"), 7)

@@ -78,7 +78,8 @@ def folder(tmp_path, monkeypatch):
     ledger.write(study, out)
     flat = to_flat(Settings(model="smollm2-135m-instruct"))
     (out / "search.json").write_text(json.dumps(dict(
-        name="made-up", space="quickstart", model=flat["model"], overrides={"heal.lam": 0.3}, sampler="tpe", seed=0, trials=4,
+        name="made-up", space="mine", hypothesis="Tau does it.", model=flat["model"], overrides={"heal.lam": 0.3},
+        sampler="tpe", seed=0, trials=4,
         identity=flat | {"domain of heal.tau": "FloatDistribution()"}, settings=flat, created="today",
         versions=dict(torch="1"), machine=dict(device="CPU"))))
     rows = [dict(trial=t, round=-1, state="base", prompt=p, text="base says no") for t in (0, 1)
@@ -115,6 +116,11 @@ class Texts(HTMLParser):
     def handle_data(self, data):
         if self.inside:
             self.quotes[-1] += data
+
+
+def test_the_hypothesis_is_the_one_the_search_began_with(folder):
+    report.write(folder)
+    assert "<p>Tau does it.</p>" in (folder / "report.html").read_text()
 
 
 def test_what_a_model_wrote_is_shown_letter_by_letter_and_is_never_markup(folder):

@@ -91,6 +91,14 @@ def test_halving_ends_a_dominated_trial_at_a_rung_as_complete(tmp_path):
     assert study(tmp_path).trials[1].values == [0.1, 0.901]
 
 
+def test_the_first_trials_baselines_are_the_searchs(tmp_path):
+    search = searcher.StudySearcher(study(tmp_path), SPACE, [0, 1], {}, "random", 0)
+    for name in ("first", "second"):
+        search.suggest(name)
+        search.on_trial_result(name, dict(end="", row="", baselines=json.dumps([dict(label=name)]), trait=name))
+    assert study(tmp_path).user_attrs["baselines"] == [dict(label="first")] and study(tmp_path).user_attrs["trait"] == "first"
+
+
 def test_the_study_holds_what_optunas_own_tools_read(tmp_path):
     drive(tmp_path, "random", [0])
     trial = study(tmp_path).trials[0]

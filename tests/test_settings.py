@@ -25,6 +25,7 @@ def test_speed_settings_are_not_identity():
     ("heal.aggregate", "median", "mean, rmse, p95, max"), ("rounds", 0, "at least 1"), ("rounds", 2.5, "whole"),
     ("rounds", True, "whole"), ("filter.coherence", 1, "true or false"), ("steer.band", [0.5, 0.4], "lo < hi"),
     ("steer.band", [], "list"), ("generate.doses", [0.0, 1.0], "above 0"), ("generate.top_p", 0.0, "above 0"),
+    ("steer.band", ["a", "b"], "list"), ("generate.n_keep", "all", "whole"), ("generate.doses", ["x"], "list"),
 ])
 def test_bad_values_name_setting_value_and_what_is_allowed(name, value, word):
     with pytest.raises(SettingsError) as error:
@@ -42,6 +43,11 @@ def test_all_problems_come_at_once():
 def test_min_train_above_n_keep_is_refused():
     with pytest.raises(SettingsError, match="starves"):
         from_flat({"generate.min_train": 50, "generate.n_keep": 40})
+
+
+def test_methods_that_scale_themselves_take_no_normalising():
+    with pytest.raises(SettingsError, match=r"steer\.normalise = True: steering-lite:sspace scales its vectors itself"):
+        from_flat({"steer.method": "steering-lite:sspace", "steer.normalise": True})
 
 
 def test_lam_schedule():

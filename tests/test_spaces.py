@@ -66,6 +66,8 @@ def test_a_product_of_choices_is_a_grid_and_lists_survive(tmp_path):
     (domains('{"generate.n_keep": tune.choice([8, 48])}'), ["line 8: generate.n_keep = 8: generate.min_train = 12"]),
     (domains('{"heal.tau": tune.grid_search([1, 2])}'), ["line 5: domains()", "tune.choice"]),
     (domains('{"heal.tau": tune.unifrom(0, 1)}'), ["line 8", "AttributeError"]),
+    (HEAD + "def domains():\n    {}\n", ["line 5: domains() must return a dict of domains"]),
+    (HEAD + "def points():\n    return [3]\n", ["line 5: points() must return a list of dicts"]),
     (HEAD + 'def points():\n    return [{"seed": 1}, {"rounds": 2}]\n', ["line 5: points()", "the same settings"]),
 ])
 def test_a_broken_file_names_line_and_field(text, words, tmp_path):
@@ -73,6 +75,13 @@ def test_a_broken_file_names_line_and_field(text, words, tmp_path):
         spaces.load(write(tmp_path, text)).distributions()
     for word in ["mine", *words]:
         assert word in str(caught.value)
+
+
+def test_a_relative_path_has_lines_too(tmp_path, monkeypatch):
+    write(tmp_path, HEAD + "y = 1\nz = nothing\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="line 6: NameError"):
+        spaces.load("mine.py")
 
 
 def test_a_domain_is_judged_beside_its_base(tmp_path):

@@ -15,25 +15,29 @@ ROOT = Path(__file__).parent.parent / "steerheal"
 RECORD = Path(__file__).parent / "stage_sources.json"
 SHARED = ("chat.py", "forward.py", "models.py")
 GENERATION = ("generation.py", "prefill.py", "cpu.py", "steering.py")
+SHOTS = ("personas.py:shots", "data/shots.jsonl")  # worked examples are named by their number alone
 SOURCES = {
     "vector": ("workbench.py:vector", "steering.py", "upstream.py", *SHARED),
     "states": ("workbench.py:learned", "steering.py", "history.py", *SHARED),
     "kl_dose": ("workbench.py:kl_dose", "calibration.py", "steering.py", *SHARED),
     "log_ratio": ("workbench.py:log_ratio", "steering.py", "history.py", *SHARED),
     "diary": ("workbench.py:diary", *GENERATION, "history.py", *SHARED),
-    "free_answers": ("workbench.py:reading", "evaluation/foundations.py", *GENERATION, "history.py", *SHARED),
+    "free_answers": ("workbench.py:reading", "evaluation/foundations.py", *SHOTS, *GENERATION, "history.py", *SHARED),
     "completions": ("workbench.py:completions", *GENERATION, "history.py", *SHARED),
     "scores": ("workbench.py:scores", "filtering.py", "history.py", *SHARED),
     "heal": ("workbench.py:heal", "healing.py", "divergence.py", "cpu.py", "history.py", *SHARED),
-    "foundations": ("workbench.py:foundations", "evaluation/foundations.py", *GENERATION, "history.py", *SHARED),
+    "foundations": ("workbench.py:foundations", "evaluation/foundations.py", *SHOTS, *GENERATION, "history.py", *SHARED),
     "conduct": ("workbench.py:reading", "evaluation/conduct.py", "steering.py", "history.py", *SHARED),
     "fluency": ("workbench.py:reading", "evaluation/fluency.py", "filtering.py", *GENERATION, "history.py", *SHARED),
 }
 
 
 def code_hash(source):
-    """Of the syntax tree of FILE or FILE:FUNCTION without docstrings, so that comments and layout may change freely."""
+    """Of the syntax tree of FILE or FILE:FUNCTION without docstrings, so that comments and layout may change freely; of any
+    other file whole."""
     file, _, function = source.partition(":")
+    if not file.endswith(".py"):
+        return hashlib.sha256((ROOT / file).read_bytes()).hexdigest()[:16]
     tree = ast.parse((ROOT / file).read_text())
     if function:
         (tree,) = (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == function)

@@ -75,6 +75,16 @@ def test_any_flipped_bit_in_the_head_is_noticed(tmp_path):
         assert store.load(digest) is None, bit
 
 
+def test_the_head_of_a_damaged_file_is_none(tmp_path):
+    store = Store(tmp_path)
+    done = store.stage("heal", {"x": 1}, lambda: Result({}))
+    assert store.head(done.digest)["stage"] == "heal" and store.head("0" * 64) is None
+    whole = store.path(done.digest).read_bytes()
+    for damaged in (b"", b"torn\n", whole[:80], whole.split(b"\n")[0] + b"\n{"):
+        store.path(done.digest).write_bytes(damaged)
+        assert store.head(done.digest) is None
+
+
 def test_what_a_killed_writer_left_goes_when_its_stage_is_computed(tmp_path):
     store = Store(tmp_path)
     path = store.path(stages.digest_of("vector", dict(a=1)))

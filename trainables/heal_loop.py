@@ -7,6 +7,7 @@ is appended to an event file of this process, which the driver's display reads.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import traceback
@@ -24,7 +25,7 @@ from steerheal.stages import Event, Store, atomic_write
 
 class HealTrial(tune.Trainable):
     """config: flat (settings by dotted name), index, params, folder (of the search), store (of the stages),
-    commit (of a hub model)."""
+    commit (of a hub model), gpu (a trial's share of a card)."""
 
     def setup(self, config: dict[str, Any]) -> None:
         self.lm: Any = None
@@ -53,6 +54,13 @@ class HealTrial(tune.Trainable):
         wanted = (settings.model, settings.dtype, settings.quantise, settings.attention, settings.device)
         if self.lm_settings != wanted:
             self._note("loading the model", "start")
+            self.lm, self.lm_settings = None, ()
+            gc.collect()  # two models at once may not fit
+            if 0 < self.trial_config["gpu"] < 1:
+                import torch
+
+                torch.cuda.empty_cache()
+                torch.cuda.set_per_process_memory_fraction(self.trial_config["gpu"])  # the rest is another trial's
             self.lm, self.lm_settings = models.load(settings, self.trial_config["commit"]), wanted
         self.loop = HealLoop(settings, self.lm, Store(self.trial_config["store"], self._on_event))
         self.rounds = self.loop.rounds()

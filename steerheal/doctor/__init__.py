@@ -37,7 +37,7 @@ def findings(checks: list[Check]) -> Iterator[Finding]:
                 return  # what follows looks into the model
 
 
-def checks(settings: Settings, trials: int, results: Path) -> list[Check]:
+def checks(settings: Settings, trials: int, results: Path, concurrent: int = 1) -> list[Check]:
     """Everything that costs no computing, in the order in which a run would fail on it. The card is never touched."""
     from steerheal.doctor import machine, model
 
@@ -47,17 +47,17 @@ def checks(settings: Settings, trials: int, results: Path) -> list[Check]:
         ("shared mem", machine.shared_memory), ("persona", lambda: model.persona(settings)),
         ("items", lambda: model.items(settings)),
         ("access", lambda: model.access(settings)), ("disk", lambda: machine.disk(settings, trials, results)),
-        ("fits", lambda: model.fits(settings)),
+        ("fits", lambda: model.fits(settings, concurrent)),
     ]
 
 
-def cheap(settings: Settings, trials: int, results: Path) -> None:
+def cheap(settings: Settings, trials: int, results: Path, concurrent: int = 1) -> None:
     """Raise one UserError with everything that would fail later.
 
     Raises:
         UserError: one line per failed check.
     """
-    failed = [f"{f.what}: {f.found}" for f in findings(checks(settings, trials, results)) if not f.ok]
+    failed = [f"{f.what}: {f.found}" for f in findings(checks(settings, trials, results, concurrent)) if not f.ok]
     if failed:
         raise UserError("this search would fail here (python -m steerheal.doctor says more):\n" +
                         "\n".join(f"  - {line}" for line in failed))

@@ -80,27 +80,30 @@ def store_bytes(settings: Settings, trials: int) -> float:
     return 1e8 + (trials * settings.rounds * found.adapter(settings) if found else 0.0)
 
 
-def fits(settings: Settings) -> str:
-    """Peak of the hungriest stage against the card's budget."""
+def fits(settings: Settings, concurrent: int = 1) -> str:
+    """Peak of the hungriest stage against the card's budget, or a trial's share of it."""
     from steerheal.doctor import machine
 
     found = shape(settings)
     if found is None:
         return "known once the model is unpacked"
-    room = machine.budget()
+    share = min(1.0, len(weights.cards()) / concurrent)
+    room = machine.budget() * share
     on_card = room > 0 and settings.device != "cpu"
     peaks = {k: v / memory.GIB for k, v in memory.stages(found, settings, "cuda" if on_card else "cpu").items()}
     worst = max(peaks, key=lambda k: peaks[k])
     line = ", ".join(f"{stage} {gib:.1f}" for stage, gib in peaks.items()) + " GiB (estimated)"
     if on_card and peaks[worst] > room:
-        ways = [f"--set {change}" for change, helps in (
+        ways = [] if share == 1 else ["a smaller --concurrent"]
+        ways += [f"--set {change}" for change, helps in (
             ("quantise=nf4", settings.quantise == "none"),
             ("heal.gradient_checkpointing=true", worst == "heal" and not settings.heal.gradient_checkpointing),
             (f"heal.micro_batch={settings.heal.micro_batch // 2}", worst == "heal" and settings.heal.micro_batch > 1),
             (f"generate.prompts={settings.generate.prompts // 2}", worst == "generate" and settings.generate.prompts > 1),
         ) if helps]
         raise UserError(f"{settings.model} needs {peaks[worst]:.1f} GiB in its stage '{worst}', the card has {room:.1f} to "
-                        f"give ({line}). Ways out: {'; '.join([*ways, f'--model {weights.EMBEDDED}'])}")
+                        f"give{'' if share == 1 else f' to each of {concurrent} trials at a time'} ({line}). Ways out: "
+                        f"{'; '.join([*ways, f'--model {weights.EMBEDDED}'])}")
     return line
 
 

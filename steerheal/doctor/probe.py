@@ -76,6 +76,7 @@ def _timed(stage: str, run: Callable[[], object], scale: float) -> Timed:
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.synchronize()
+        torch.cuda.empty_cache()  # what an earlier stage has left reserved is not this one's
         torch.cuda.reset_peak_memory_stats()
     started = time.monotonic()
     try:
