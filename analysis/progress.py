@@ -84,8 +84,9 @@ def _draw_stages(axes: plt.Axes, stages: pd.DataFrame) -> None:
     axes.barh(y + 0.2, stages["seconds"] / per, height=0.36, color=style.BLUE)
     axes.barh(y - 0.2, stages["saved"] / per, height=0.36, color=style.GREEN)
     for at, (_, row) in zip(y, stages.iterrows()):
+        unknown = f" (cost of {row['unknown']} not on record)" if row["unknown"] else ""
         for offset, seconds, words, colour in ((0.2, row["seconds"], f"{row['computed']} computed", style.BLUE),
-                                               (-0.2, row["saved"], f"{row['shared']} shared", style.GREEN)):
+                                               (-0.2, row["saved"], f"{row['shared']} shared{unknown}", style.GREEN)):
             axes.annotate(f"{seconds / per:.1f}   {words}", (seconds / per, at + offset), (4, 0), va="center",
                           textcoords="offset points", fontsize=style.SMALL, color=colour)
     axes.set_yticks(y, stages["stage"])

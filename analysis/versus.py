@@ -16,7 +16,7 @@ from analysis.folders import Search, read, words
 from steerheal import personas
 from steerheal.evaluation.readings import Estimate, Reading
 from steerheal.objectives import COHERENCE_FLOOR, FLUENCY_FLOOR, choose_trait
-from steerheal.stages import Store
+from steerheal.stages import Store, store_beside
 
 COLUMNS = ["label", "edge_doses", "coherence_kept", "trait_gain", "trial", "round", "round_coherence_kept", "round_trait_gain",
            "difference", "difference_low", "difference_high"]
@@ -28,7 +28,7 @@ def table(search: Search) -> pd.DataFrame:
 
     Those whose stages are no longer in the store are left out.
     """
-    store = Store(search.folder.absolute().parent / ".stages")
+    store = store_beside(search.folder)
     base = _reading(store, search.base["stages"])
     if base is None:
         return pd.DataFrame(columns=COLUMNS)

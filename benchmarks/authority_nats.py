@@ -1,4 +1,4 @@
-"""A search space: the authority loop on a model that can do the forced choice, sized for an hour and a half on 2 CPU cores.
+"""A search space: the authority loop on a model that can do the forced choice, sized for an hour on 2 CPU cores.
 
     python -m steerheal.search --space benchmarks/authority_nats.py
 """
@@ -21,7 +21,7 @@ BASE = {
     "evaluate.fluency_tokens": 32,
 }
 TRIALS = 4
-COST = "a complete grid of 4 barriers; about an hour and a half on 2 CPU cores"
+COST = "a complete grid of 4 barriers; 49 minutes on 2 CPU cores"
 ARMS = [("nll", "rmse", 0.5), ("kl_rev", "rmse", 0.1), ("kl_rev", "rmse", 0.5), ("kl_rev", "mean", 0.1)]
 
 

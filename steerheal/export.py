@@ -23,7 +23,7 @@ from steerheal.errors import UserError
 from steerheal.objectives import VERDICTS
 from steerheal.settings import Settings, from_flat, to_flat
 from steerheal.spaces import decoded
-from steerheal.stages import Store, disk_error
+from steerheal.stages import Store, disk_error, store_beside
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Member:
 
     @property
     def store(self) -> Store:
-        return Store(self.folder.absolute().parent / ".stages")
+        return store_beside(self.folder)
 
 
 def members(folder: Path) -> list[Member]:

@@ -17,13 +17,13 @@ from steerheal import ledger
 from steerheal.errors import UserError
 from steerheal.evaluation.readings import answer_shares
 from steerheal.personas import FOUNDATIONS
-from steerheal.stages import Result, Store
+from steerheal.stages import Result, Store, store_beside
 
 
 def samples(folder: Path) -> pd.DataFrame:
     """Every completion of a search: trial, round, kind (probe or batch), kappa, dose (raw), edge_dose, prompt, text, what
     the filter measured, gate (of perplexity), soup_gate, reasons (space-separated) and kept."""
-    store = _store(folder)
+    store = store_beside(folder)
     rows = []
     for row in _rounds(folder):
         for draw in json.loads(row["draws"]):
@@ -41,7 +41,7 @@ def samples(folder: Path) -> pd.DataFrame:
 
 def diary(folder: Path) -> pd.DataFrame:
     """Greedy answers to the persona's headline prompts: trial, round (-1: base), state, prompt, text."""
-    store = _store(folder)
+    store = store_beside(folder)
     rows: list[dict[str, Any]] = []
 
     def add(trial: int, round_: int, state: str, digest: str) -> None:
@@ -65,7 +65,7 @@ def items(folder: Path) -> pd.DataFrame:
 
     readout: p[FOUNDATION] of each vignette, coherence (its probability mass), conduct and control (nats), fluency.
     """
-    store = _store(folder)
+    store = store_beside(folder)
     base = _baselines(folder)
     rows = _per_item(store, -1, -1, json.loads(base["stages"].iloc[0]))
     for row in _rounds(folder):
@@ -102,7 +102,3 @@ def _baselines(folder: Path) -> pd.DataFrame:
     if ledger.read(folder)["round"].isna().all():
         raise UserError(f"{folder}: no round is finished yet.")
     return pd.read_csv(folder / "baselines.csv")
-
-
-def _store(folder: Path) -> Store:
-    return Store(folder.absolute().parent / ".stages")

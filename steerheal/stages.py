@@ -147,6 +147,11 @@ class Store:
             return None
 
 
+def store_beside(folder: Path) -> Store:
+    """The store that a search's folder shares with those beside it."""
+    return Store(folder.absolute().parent / ".stages")
+
+
 def _tensors(data: bytes) -> dict[str, Any]:
     from safetensors.torch import load
 

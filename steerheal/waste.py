@@ -9,7 +9,7 @@ import pandas as pd
 
 from steerheal import events
 from steerheal.errors import UserError
-from steerheal.stages import Store
+from steerheal.stages import store_beside
 
 
 def table(folder: Path) -> pd.DataFrame:
@@ -21,7 +21,7 @@ def table(folder: Path) -> pd.DataFrame:
     found = events.read(folder)
     if not found:
         raise UserError(f"{folder} holds no events; name a folder that `python -m steerheal.search` wrote.")
-    store, seconds = Store(folder.absolute().parent / ".stages"), {}
+    store, seconds = store_beside(folder), {}
     own = {e["digest"] for e in found if e["kind"] == "computed"}
     for digest in {e["digest"] for e in found if e["kind"] == "replayed"} - own:
         if head := store.head(digest):  # else cleaned away since
@@ -42,6 +42,9 @@ def text(folder: Path) -> str:
     outside = overhead(found, events.sessions(folder, found))
     lines.append(f"without sharing {alone:.0f} s, with it {total['seconds']:.0f} s: "
                  f"{100 * total['saved'] / alone:.0f}% saved" if alone else "nothing was computed")
+    if total["unknown"]:
+        lines.append(f"what {total['unknown']:.0f} of the shared stages would have cost is not on record: they are no longer "
+                     f"in the store")
     if outside is not None:
         lines.append(f"outside stages: {100 * outside:.1f}% of the search's time (Ray's start and loading the model "
                      f"included)")
@@ -53,7 +56,8 @@ def count(found: list[dict[str, Any]], store_seconds: dict[str, float] | None = 
 
     Columns: stage; computed, seconds (spent); shared (wanted by a trial, but computed by another or by another search);
     replayed (read again by the same trial: after an interruption, or because two of its steps want one stage); saved
-    (seconds that trials would have spent without sharing, each computing every stage it wants once).
+    (seconds that trials would have spent without sharing, each computing every stage it wants once); unknown (shared stages
+    whose seconds are not on record, which `saved` leaves out).
 
     Args:
         store_seconds: seconds of stages that this search only read, by digest.
@@ -77,8 +81,8 @@ def count(found: list[dict[str, Any]], store_seconds: dict[str, float] | None = 
         cost = (store_seconds or {}) | spent
         rows.append(dict(stage=kind, computed=len(mine), seconds=sum(spent[d] for d in mine), shared=len(shared),
                          replayed=sum(n - 1 for (_, d), n in wanted.items() if kinds[d] == kind),
-                         saved=sum(cost.get(d, 0.0) for d in shared)))
-    return pd.DataFrame(rows, columns=["stage", "computed", "seconds", "shared", "replayed", "saved"])
+                         saved=sum(cost.get(d, 0.0) for d in shared), unknown=sum(d not in cost for d in shared)))
+    return pd.DataFrame(rows, columns=["stage", "computed", "seconds", "shared", "replayed", "saved", "unknown"])
 
 
 def overhead(found: list[dict[str, Any]], sessions: list[events.Session]) -> float | None:

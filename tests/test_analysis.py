@@ -228,7 +228,7 @@ def test_progress_shows_hypervolume_by_hours_and_what_sharing_saved(make_search)
     assert d.trials["hypervolume"].iloc[-1] == pytest.approx(ledger.hypervolume(folders.read(folder).table))
     heal, scores = d.stages.set_index("stage").loc["heal"], d.stages.set_index("stage").loc["filter"]
     assert (heal["seconds"], heal["saved"], heal["computed"], heal["shared"]) == (960.0, 600.0, 2, 1)
-    assert (scores["saved"], scores["shared"]) == (0.0, 1)  # its cost is not on record
+    assert (scores["saved"], scores["shared"], scores["unknown"]) == (0.0, 1, 1)
     progress.draw_folder(folder)
 
 

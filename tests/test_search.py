@@ -202,15 +202,17 @@ def test_one_loop_without_a_search_gives_the_searchs_numbers(undisturbed, tiny_f
     first = table(out).iloc[0]
     from search_spaces import quickstart
 
-    flat = quickstart.BASE | TINY | {"heal.tau": float(first["heal.tau"])}
+    flat = quickstart.BASE | TINY | {"model": str(tiny_folder), "heal.tau": float(first["heal.tau"])}
     overrides = [f"{k}={json.dumps(v) if not isinstance(v, str) else v}" for k, v in flat.items()]
-    command = [sys.executable, "-m", "steerheal.run", "--model", str(tiny_folder), "--out", str(out),
-               "--export", str(tmp_path / "a"), "--set", *overrides]
-    done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, timeout=200)
+    command = [sys.executable, "-m", "steerheal.run", "--out", str(out), "--set", *overrides]
+    export = ["--export", str(tmp_path / "a")]
+    done = subprocess.run([*command, *export], cwd=ROOT, text=True, capture_output=True, timeout=200)
     assert done.returncode == 0, done.stderr
     assert f"trait gain {first['trait_gain']:+.3f}" in done.stdout
     assert not re.search(r"^  \S.* s$", done.stdout, re.MULTILINE)  # nothing was computed
     assert (tmp_path / "a" / "adapter_config.json").exists()
+    over = subprocess.run([*command, *export], cwd=ROOT, text=True, capture_output=True, timeout=200)
+    assert over.returncode == 2 and "exists already; name a new folder" in over.stderr
     folder, = out.glob("run-*")
     with locked(folder / ".lock"):
         again = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, timeout=200)
