@@ -48,7 +48,9 @@ def a_round(index: int, rng: np.random.Generator) -> dict[str, Any]:
     digests = {name: rng.bytes(32).hex() for name in ("adapter", "diary_steered", "diary_healed")}
     draws = [dict(kind="batch", kappa=1.0, completions=rng.bytes(32).hex(), scores=rng.bytes(32).hex(), reasons=[""] * 48)] * 3
     return row | digests | {f"readout_{i}": x for i, x in enumerate(numbers)} | dict(
-        draws=draws, chain=[rng.bytes(32).hex()] * (index + 1), warning="the barrier never fired " * 6, edge=4.0, duty=0.2)
+        draws=draws, chain=[rng.bytes(32).hex()] * (index + 1), warning="the barrier never fired " * 6, edge=4.0, duty=0.2,
+        survival=0.9, survival_by_share={"0.5": 1.0, "1": 0.8}, log_ratio=0.2, log_ratio_low=0.1, log_ratio_high=0.3,
+        cos_v0=0.9)
 
 
 @cache

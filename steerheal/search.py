@@ -158,7 +158,8 @@ def _search(plan: Plan, args: Args) -> int:
 
     _prove_writable(plan.folder)
     if not plan.resumed:
-        doctor.cheap(plan.settings, plan.trials, plan.folder, 1 if args.address else args.concurrent)
+        alone = args.address or (args.gpus_per_trial or 0) >= 1  # no two trials on one card of this machine
+        doctor.cheap(plan.settings, plan.trials, plan.folder, 1 if alone else args.concurrent)
     # fetched and converted before any worker waits for it; a resumed search stays on the commit it began with
     plan.commit = weights.hub_commit(weights.locate(plan.settings.model, plan.commit))
     plan.write()

@@ -20,8 +20,8 @@ def test_waste_counts_what_each_trial_would_have_computed_alone():
              event("replayed", 1, "v", "vector"), event("replayed", 1, "b"),  # trial 1 was interrupted and came back
              event("replayed", 2, "v", "vector"), event("replayed", 2, "other")]  # "other": by another search
     table = waste.count(found, {"other": 5.0}).set_index("stage")
-    assert table.loc["vector"].to_dict() == dict(computed=1, seconds=3, shared=2, replayed=1, saved=6)
-    assert table.loc["heal"].to_dict() == dict(computed=2, seconds=30, shared=1, replayed=1, saved=5)
+    assert table.loc["vector"].to_dict() == dict(computed=1, seconds=3, shared=2, replayed=1, saved=6, unknown=0)
+    assert table.loc["heal"].to_dict() == dict(computed=2, seconds=30, shared=1, replayed=1, saved=5, unknown=0)
 
 
 def test_overhead_is_the_time_outside_stages():
