@@ -15,7 +15,8 @@ import pandas as pd
 
 from analysis import style
 from analysis.folders import command, read
-from steerheal import events, waste
+from steerheal import waste
+from steerheal.errors import UserError
 from steerheal.ledger import read_progress
 
 STAGE_NAMES = {"completions": "generate", "scores": "filter", "vector": "extract"}  # the loop's words for stages
@@ -40,7 +41,10 @@ def data(folder: Path) -> Data:
     Raises:
         UserError: no finished round.
     """
-    stages = waste.table(folder) if events.read(folder) else waste.count([])
+    try:
+        stages = waste.table(folder)
+    except UserError:  # hypervolume is in a file of its own; events may have been left behind
+        stages = waste.count([])
     stages["stage"] = stages["stage"].replace(STAGE_NAMES)
     return Data(read(folder).name, read_progress(folder), stages.sort_values("seconds", ascending=False, ignore_index=True))
 

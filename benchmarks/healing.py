@@ -17,7 +17,7 @@ from torch import Tensor
 
 from benchmarks import plain
 from benchmarks.timing import environment, forget_peak, in_turn, resident_peak
-from steerheal import chat, divergence, healing, models, personas
+from steerheal import chat, divergence, forward, healing, models, personas
 from steerheal.cli import run_main
 from steerheal.generation import Sampling, generate
 from steerheal.healing import Sample
@@ -132,8 +132,9 @@ def measure(small: bool) -> int:
     print(f"SmolLM2-135M, bfloat16, r = {SETTINGS.r}, kl_rev, {environment()}")
     student, samples, parameters = setting()
     epochs = 1 if small else 3
-    print(f"an effective batch of {len(samples)} completions, {sum(len(s.inputs) for s in samples)} positions, "
-          f"{sum(len(s.targets) for s in samples)} of them learned, for {epochs} epochs")
+    nodes = sum(len(pack.ids) for pack in forward.packs([s.inputs for s in samples], 0, 10**6))
+    print(f"an effective batch of {len(samples)} completions, {sum(len(s.inputs) for s in samples)} positions ({nodes} as a "
+          f"tree), {sum(len(s.targets) for s in samples)} of them learned, for {epochs} epochs")
     sides: dict[str, Callable[[], object]] = {
         "ours": lambda: _autocast(lambda: ours(student, samples, parameters, epochs)),
         "plain": lambda: _autocast(lambda: plainly(student, samples, parameters, epochs))}

@@ -103,6 +103,12 @@ def write_adapter(member: Member, target: Path) -> None:
         (folder / "README.md").write_text(model_card(member, str(target)), encoding="utf-8")
 
 
+def must_be_new(target: Path, flag: str) -> None:
+    """Raises UserError where something is there already."""
+    if target.exists():
+        raise UserError(f"{flag} {target}: exists already; name a new folder.")
+
+
 @contextlib.contextmanager
 def appearing(target: Path, flag: str) -> Iterator[Path]:
     """A folder to write into, renamed to `target` at the end; removed on an error.
@@ -110,8 +116,7 @@ def appearing(target: Path, flag: str) -> Iterator[Path]:
     Raises:
         UserError: `target` exists, cannot be written, or the disk is full.
     """
-    if target.exists():
-        raise UserError(f"{flag} {target}: exists already; name a new folder.")
+    must_be_new(target, flag)
     try:
         target.absolute().parent.mkdir(parents=True, exist_ok=True)
         temporary = tempfile.TemporaryDirectory(dir=target.absolute().parent, prefix=f".{target.name}-")

@@ -45,14 +45,17 @@ def run(args: Args) -> int:
     if note:
         print(note)
 
-    from torch import OutOfMemoryError
-
-    from steerheal import diagnose, models, personas
-    from steerheal.single import folder_of
+    from steerheal import personas
+    from steerheal.export import must_be_new
 
     personas.load(settings.persona)  # as early, for the same reason
-    if args.export and args.export.exists():
-        raise UserError(f"--export {args.export}: exists already; name a new folder.")
+    if args.export:
+        must_be_new(args.export, "--export")
+    from torch import OutOfMemoryError
+
+    from steerheal import diagnose, models
+    from steerheal.single import folder_of
+
     folder = folder_of(args.out, settings)
     try:
         if args.diagnose:
