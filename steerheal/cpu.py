@@ -1,7 +1,8 @@
 """What makes decoding and training fast on a CPU, while a context is open. On other devices nothing changes.
 
-    attention  torch's fused kernel is made for many queries and no gradient. For one query per row, or under a gradient, two
-               float32 products over the key-value heads take a fraction of its time, and round less
+    attention  torch's fused kernel, with the query heads of a key-value head as so many queries where there is one query per
+               row: keys and values are neither repeated nor read once per head. Under a gradient, two float32 products
+               over the key-value heads take a fraction of its time, and round less
     weights    with few rows per step, oneDNN spends a good part of every bfloat16 product on rearranging the weight: each
                is rearranged once, and the copies live as long as the context
 """
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -72,15 +74,24 @@ def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, atte
     """
     rows, heads, n, d = query.shape
     groups, places = key.shape[1:3]
-    here = (n == 1 or query.requires_grad) and rows * heads * n * places <= SCORES
-    if not here or (attention_mask is not None and attention_mask.dtype != torch.bool):
+    if not query.requires_grad:
+        if attention_mask is None and 1 < n < places:
+            attention_mask = _causal(n, places)
+        seen = query.reshape(rows, groups, heads // groups, d) if n == 1 else query
+        out = scaled_dot_product_attention(seen, key, value, attention_mask, scale=scaling, enable_gqa=n > 1,
+                                           is_causal=attention_mask is None and n > 1)
+        return out.reshape(rows, heads, n, d).transpose(1, 2), None
+    if rows * heads * n * places > SCORES or (attention_mask is not None and attention_mask.dtype != torch.bool):
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
-    if attention_mask is None and n > 1:
-        attention_mask = torch.ones(n, places, dtype=torch.bool).tril(places - n)[None, None]
+    seen_by = _causal(n, places) if attention_mask is None else attention_mask
     with torch.autocast("cpu", enabled=False):
         q = query.float().reshape(rows, groups, heads // groups * n, d) * (d**-0.5 if scaling is None else scaling)
         scores = (q @ key.float().transpose(2, 3)).view(rows, groups, heads // groups, n, places)
-        if attention_mask is not None:
-            scores = scores.masked_fill(~attention_mask[:, :, None], torch.finfo(torch.float32).min)
+        scores = scores.masked_fill(~seen_by[:, :, None], torch.finfo(torch.float32).min)
         out = scores.softmax(-1).view(rows, groups, heads // groups * n, places) @ value.float()
     return out.to(query.dtype).view(rows, heads, n, d).transpose(1, 2), None
+
+
+def _causal(n: int, places: int) -> Tensor:
+    """What the last n of so many places see: boolean [1, 1, n, places]."""
+    return torch.ones(n, places, dtype=torch.bool).tril(places - n)[None, None]

@@ -149,6 +149,19 @@ class Student:
                 self.linears[path].weight.data = bits
             self.use_student()
 
+    @contextlib.contextmanager
+    def plain(self) -> Iterator[None]:
+        """`merged`, and without PEFT's modules around the linear layers: for code that looks for these by their class."""
+        with self.merged():
+            wrapped = {} if self.lm.quantised else {path: self.lm.model.get_submodule(path) for path in self.layers}
+            for path in wrapped:
+                self.lm.model.set_submodule(path, self.linears[path])
+            try:
+                yield
+            finally:
+                for path, layer in wrapped.items():
+                    self.lm.model.set_submodule(path, layer)
+
     def _add(self, name: str, factors: Factors, scaling: float = 1.0) -> None:
         r = next(iter(factors.values()))[0].shape[0]
         config = LoraConfig(r=r, lora_alpha=round(scaling * r), lora_dropout=0.0, bias="none",

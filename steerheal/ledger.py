@@ -10,7 +10,7 @@ import io
 import json
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,8 @@ import optuna
 import pandas as pd
 from pyarrow import ArrowInvalid
 
-from steerheal import events, pareto, study_file
+from steerheal import events, objectives, pareto, study_file
 from steerheal.errors import UserError
-from steerheal.objectives import REFERENCE_POINT
 from steerheal.stages import atomic_write
 
 
@@ -54,6 +53,24 @@ def create_study(folder: Path) -> optuna.Study:
                                 directions=["maximize", "maximize"])
     study.set_metric_names(["trait_gain", "coherence_kept"])
     return study
+
+
+def conclude(study: optuna.Study, trial: optuna.Trial, rounds: Sequence[dict[str, Any]], end: str, why: str) -> None:
+    """Close a trial: how it ended, a sentence on why where that was no ordinary end, and what it was worth."""
+    told = objectives.worth(end, rounds)
+    if told is None and end not in objectives.WORTHLESS:
+        why = why or "its readouts are not finite: the model diverged"
+    trial.set_user_attr("end", end)
+    if why:
+        trial.set_user_attr("error", why)
+    if told is None:
+        study.tell(trial, state=optuna.trial.TrialState.FAIL)
+        return
+    values, constraint = told
+    trial.set_constraint("deliverable", constraint)
+    # optuna-dashboard (0.21) reads constraints only where Optuna 4 put them
+    trial.storage.set_trial_system_attr(trial._trial_id, "constraints", [constraint])
+    study.tell(trial, values)
 
 
 def storage_url(folder: Path) -> str:
@@ -132,7 +149,7 @@ def hypervolume(table: pd.DataFrame) -> float:
     """Of the front over rounds, against the fixed reference point (0 nats, 0.85)."""
     able = table[table["deliverable"]]
     points = list(zip(able["trait_gain"].astype(float), able["coherence_kept"].astype(float)))
-    return pareto.hypervolume(points, REFERENCE_POINT)
+    return pareto.hypervolume(points, objectives.REFERENCE_POINT)
 
 
 def volumes(table: pd.DataFrame, order: Iterable[int]) -> list[float]:
@@ -141,7 +158,7 @@ def volumes(table: pd.DataFrame, order: Iterable[int]) -> list[float]:
     able = table[table["deliverable"]]
     for trial, gain, kept in zip(able["trial"], able["trait_gain"].astype(float), able["coherence_kept"].astype(float)):
         points[trial].append((gain, kept))
-    return pareto.growth((points[trial] for trial in order), REFERENCE_POINT)
+    return pareto.growth((points[trial] for trial in order), objectives.REFERENCE_POINT)
 
 
 def progress(study: optuna.Study, table: pd.DataFrame) -> pd.DataFrame:

@@ -160,7 +160,7 @@ def stages(m: Shape, s: Settings, device: str) -> dict[str, float]:
     held = m.weights + history + (OVERHEAD if device == "cuda" else 0)
     copies = history / 2 if m.bytes == 2 and not s.heal.gradient_checkpointing else 0  # in bfloat16, for the backward pass
     pack = m.forward(PACK_TOKENS[device]) + 2.0 * PACK_TOKENS[device] ** 2 * 2 * m.bytes
-    thinkers = max(TOKENS // (3 * PROMPT + e.think_tokens), 1)
+    thinkers = max(TOKENS[device] // (3 * PROMPT + e.think_tokens), 1)
     think = generating(m, thinkers, 3 * PROMPT, e.think_tokens) + 8.0 * thinkers * m.vocabulary if e.think_tokens else 0.0
     rows = g.prompts * len(g.doses)
     return {

@@ -27,6 +27,7 @@ FLUENCY_FLOOR = 0.80
 BASE_COHERENCE_FLOOR = 0.3  # a model below cannot answer the forced choice at all
 PLATEAU_ROUNDS = 3
 REFERENCE_POINT = (0.0, COHERENCE_FLOOR)  # of the hypervolume
+WORTHLESS = ("error", "stopped", "out of memory", "killed")  # ends that tell the study nothing: run again next time
 
 VERDICTS = {
     "broken": "not deliverable: coherence or fluency fell through its floor",
@@ -152,6 +153,24 @@ def best(rounds: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
         return max(deliverable, key=lambda r: (max(r["trait_gain"], 0) * (r["coherence_kept"] - COHERENCE_FLOOR),
                                                r["trait_gain"]))
     return min(rounds, key=lambda r: r["violation"], default=None)
+
+
+def worth(end: str, rounds: Sequence[dict[str, Any]]) -> tuple[tuple[float, float], float] | None:
+    """What a finished trial tells the study: ((trait_gain, coherence_kept), constraint), None where it failed."""
+    if end in WORTHLESS:
+        return None
+    if end == "starved":  # the student that went into the starved round; base where none was delivered
+        last = ([r for r in rounds if math.isfinite(r["trait_gain"])] or [dict(trait_gain=0.0, coherence_kept=1.0)])[-1]
+        gain, kept = last["trait_gain"], last["coherence_kept"]
+        constraint = 1.0
+    else:
+        round_ = best(rounds)
+        if round_ is None:
+            return None
+        gain, kept, constraint = round_["trait_gain"], round_["coherence_kept"], round_["violation"]
+    if not all(map(math.isfinite, (gain, kept, constraint))):
+        return None
+    return (gain, kept), constraint
 
 
 def finished(outcomes: Sequence[Outcome], rounds: int) -> str | None:

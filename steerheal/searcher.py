@@ -1,8 +1,8 @@
 """Optuna's study behind Ray Tune's Searcher interface.
 
 Ray's own OptunaSearch, given several objectives, tells only the last result, drops the rounds in between and leaves
-failed trials running for ever; this one keeps every round as a user attribute, tells what `objectives.best` says a
-trial is worth, and sets the constraint. Each proposal's sampler is seeded by (study seed, logical index): a resumed
+failed trials running for ever; this one keeps every round as a user attribute, tells what `objectives.worth` says a
+trial is worth, constraint included. Each proposal's sampler is seeded by (study seed, logical index): a resumed
 search proposes what an undisturbed one would. The study's SQLite file is the truth about what was tried.
 """
 
@@ -11,7 +11,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
-import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -21,9 +20,9 @@ from optuna.samplers import BaseSampler, GPSampler, NSGAIISampler, PartialFixedS
 from optuna.trial import TrialState
 from ray.tune.search import Searcher
 
-from steerheal import halving, objectives
+from steerheal import halving
 from steerheal.errors import UserError
-from steerheal.ledger import latest
+from steerheal.ledger import conclude, latest
 from steerheal.spaces import SAMPLERS, decoded
 from steerheal.stages import seed_of
 
@@ -49,9 +48,6 @@ def make_sampler(name: str, seed: int) -> BaseSampler:
     if name in ("random", "grid"):  # a grid's proposals come fixed
         return RandomSampler(seed=seed)
     raise ValueError(f"sampler = {name!r}: allowed: {', '.join(SAMPLERS)}")
-
-
-WORTHLESS = ("error", "stopped", "out of memory", "killed")  # ends that tell the study nothing: run again next time
 
 
 def recover(study: optuna.Study) -> dict[int, dict[str, Any]]:
@@ -155,21 +151,9 @@ class StudySearcher(Searcher):
     def _tell(self, trial_id: str, result: dict[str, Any], error: bool) -> None:
         trial, rounds = self.trials.pop(trial_id), self.rounds.pop(trial_id)
         end = "killed" if error else result.get("end") or ("halved" if trial_id in self.halved else "stopped")
-        trial.set_user_attr("end", end)
-        told = worth(end, rounds)
         why = ("its worker died again and again: killed by the system (memory?), by an error of the card (errors/ holds it), "
-               "or its machine went away") if error else (
-            result.get("error") or ("" if told or end in WORTHLESS else "its readouts are not finite: the model diverged"))
-        if why:
-            trial.set_user_attr("error", why)
-        if told is None:
-            self.study.tell(trial, state=TrialState.FAIL)
-        else:
-            values, constraint = told
-            trial.set_constraint("deliverable", constraint)
-            # optuna-dashboard (0.21) reads constraints only where Optuna 4 put them
-            trial.storage.set_trial_system_attr(trial._trial_id, "constraints", [constraint])
-            self.study.tell(trial, values)
+               "or its machine went away") if error else result.get("error", "")
+        conclude(self.study, trial, rounds, end, why)
         self.on_change(self.index[trial_id], None)
 
     def _guard(self, action: Callable[..., None], *args: Any) -> None:
@@ -188,21 +172,3 @@ class StudySearcher(Searcher):
 
     def restore(self, checkpoint_path: str) -> None:
         """Nothing: a search is resumed from its study."""
-
-
-def worth(end: str, rounds: list[dict[str, Any]]) -> tuple[tuple[float, float], float] | None:
-    """What a finished trial tells the study: ((trait_gain, coherence_kept), constraint), None where it failed."""
-    if end in WORTHLESS:
-        return None
-    if end == "starved":  # the student that went into the starved round; base where none was delivered
-        last = ([r for r in rounds if math.isfinite(r["trait_gain"])] or [dict(trait_gain=0.0, coherence_kept=1.0)])[-1]
-        gain, kept = last["trait_gain"], last["coherence_kept"]
-        constraint = 1.0
-    else:
-        best = objectives.best(rounds)
-        if best is None:
-            return None
-        gain, kept, constraint = best["trait_gain"], best["coherence_kept"], best["violation"]
-    if not all(map(math.isfinite, (gain, kept, constraint))):
-        return None
-    return (gain, kept), constraint

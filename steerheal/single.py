@@ -11,10 +11,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-import optuna
-
 from analysis import report
-from steerheal import ledger, objectives, plan, weights
+from steerheal import ledger, plan, weights
 from steerheal.loop import HealLoop, Round
 from steerheal.settings import Settings, identity, to_flat
 from steerheal.stages import atomic_write, canonical
@@ -36,9 +34,7 @@ class Single:
                     created=time.strftime("%Y-%m-%d %H:%M:%S"), **plan.environment())
         atomic_write(self.folder / "search.json", json.dumps(body, indent=2).encode())
         (self.folder / "study.db").unlink(missing_ok=True)
-        optuna.logging.set_verbosity(optuna.logging.ERROR)
-        self.study = optuna.create_study(study_name="steerheal", storage=ledger.storage_url(self.folder),
-                                         directions=["maximize", "maximize"])
+        self.study = ledger.create_study(self.folder)
         self.trial = self.study.ask()
         self.trial.set_user_attr("index", 0)
         self.rounds: list[dict[str, Any]] = []
@@ -54,12 +50,7 @@ class Single:
 
     def finish(self, end: str, why: str) -> Path:
         """The loop ended, and why if it says so: close the study, draw every figure. The folder."""
-        self.trial.set_user_attr("end", end)
-        self.trial.set_user_attr("error", why)
-        if best := objectives.best(self.rounds):
-            self.study.tell(self.trial, [best["trait_gain"], best["coherence_kept"]])
-        else:
-            self.study.tell(self.trial, state=optuna.trial.TrialState.FAIL)
+        ledger.conclude(self.study, self.trial, self.rounds, end, why)
         ledger.write(self.study, self.folder)
         report.refresh(self.folder, whole=True)
         return self.folder

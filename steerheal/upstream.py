@@ -74,7 +74,8 @@ class LiteVector:
 
 def extract(lm: LM, positive: str, negative: str, contexts: Sequence[str], layers: Sequence[int],
             method: str) -> LiteVector:
-    """Train one of the package's methods on the persona pair."""
+    """Train one of the package's methods on the persona pair. It looks for linear layers by their class, so a student that
+    has learned something must be `plain`."""
     import steering_lite
     from loguru import logger
 
@@ -88,8 +89,8 @@ def extract(lm: LM, positive: str, negative: str, contexts: Sequence[str], layer
     return LiteVector(method, steering_lite.Vector.train(lm.model, tokenizer, pos, neg, config).state)
 
 
-def check(method: str) -> None:
-    """Raises UserError where the package or the method is missing."""
+def check(method: str, quantised: bool = False) -> None:
+    """Raises UserError where the package or the method is missing, or reads weights that are quantised."""
     try:
         import steering_lite  # noqa: F401
         from steering_lite.config import REGISTRY
@@ -99,6 +100,9 @@ def check(method: str) -> None:
     if method.removeprefix(PREFIX) not in REGISTRY:
         raise UserError(f"steer.method = {method!r}: allowed: mean_diff, cosine_gated, "
                         + ", ".join(PREFIX + name for name in sorted(REGISTRY)))
+    if quantised and "sspace" in method:  # sspace and its kin alone look at weights
+        raise UserError(f"steer.method = {method!r} decomposes the weights of linear layers, which quantise = nf4 has packed "
+                        f"into 4 bits. Two ways out: --set quantise=none, or --set steer.method=mean_diff.")
 
 
 def _method(method: str) -> Any:

@@ -58,7 +58,7 @@ class Workbench:
         self.conduct = self.persona.conduct[: evaluate.n_conduct]
         self.controls = personas.controls(evaluate.n_conduct)
         if settings.steer.method.startswith(upstream.PREFIX):
-            upstream.check(settings.steer.method)
+            upstream.check(settings.steer.method, lm.quantised)
 
     def _be(self, chain: Chain) -> None:
         """Make the model the student of this chain; called only where a stage must be computed."""
@@ -102,7 +102,8 @@ class Workbench:
 
         def compute() -> Result:
             if lite:
-                return Result({}, upstream.extract(self.lm, *self.persona.systems, texts, layers, s.method).tensors())
+                with self.student.plain():
+                    return Result({}, upstream.extract(self.lm, *self.persona.systems, texts, layers, s.method).tensors())
             vector = steering.extract(self.lm, *self.persona.systems, texts, layers)
             return Result({}, (vector.normalised() if s.normalise else vector).tensors())
 

@@ -123,7 +123,8 @@ def test_thoughts_that_end_without_an_answer_have_no_mass(lm, monkeypatch):
 
     def thinking(lm, prompts, budget, *rest):
         seen = real(lm, prompts, budget, *rest)
-        seen.ids = [(spelled + [65] * budget)[:budget], (answered + [65] * budget)[:budget], seen.ids[2]]
+        said = [spelled, spelled, answered, answered, [], []]  # both frames of each vignette
+        seen.ids = [(a + [65] * budget)[:budget] if a else b for a, b in zip(said, seen.ids)]
         return seen
 
     before = foundations.evaluate(lm, ITEMS[:3], n_shots=0, think_tokens=80).tensors

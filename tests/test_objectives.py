@@ -3,7 +3,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from steerheal import objectives, personas, searcher
+from steerheal import objectives, personas
 from steerheal.evaluation.readings import Reading
 from steerheal.objectives import Trait, judge
 
@@ -118,13 +118,13 @@ def test_a_trial_is_worth_its_best_deliverable_round():
 
 def test_what_the_study_is_told():
     rounds = [row(0.2, 0.99), row(0.5, 0.95)]
-    assert searcher.worth("rounds", rounds) == ((0.5, 0.95), pytest.approx(-0.10))
-    assert searcher.worth("starved", rounds) == ((0.5, 0.95), 1.0)
-    assert searcher.worth("starved", []) == ((0.0, 1.0), 1.0)
-    assert searcher.worth("starved", [row(0.5, 0.95), row(float("nan"), 0.0)]) == ((0.5, 0.95), 1.0)
-    assert searcher.worth("broken", [row(3.0, 0.5)]) == ((3.0, 0.5), pytest.approx(0.35))
-    assert searcher.worth("error", rounds) is None and searcher.worth("stopped", rounds) is None
-    assert searcher.worth("rounds", [row(float("nan"), 0.9)]) is None and searcher.worth("rounds", []) is None
+    assert objectives.worth("rounds", rounds) == ((0.5, 0.95), pytest.approx(-0.10))
+    assert objectives.worth("starved", rounds) == ((0.5, 0.95), 1.0)
+    assert objectives.worth("starved", []) == ((0.0, 1.0), 1.0)
+    assert objectives.worth("starved", [row(0.5, 0.95), row(float("nan"), 0.0)]) == ((0.5, 0.95), 1.0)
+    assert objectives.worth("broken", [row(3.0, 0.5)]) == ((3.0, 0.5), pytest.approx(0.35))
+    assert objectives.worth("error", rounds) is None and objectives.worth("stopped", rounds) is None
+    assert objectives.worth("rounds", [row(float("nan"), 0.9)]) is None and objectives.worth("rounds", []) is None
 
 
 def test_ends():

@@ -237,6 +237,8 @@ def test_a_single_run_that_starved_says_what_dropped_its_completions(tiny_folder
     out = Single(folder_of(tmp_path, settings), settings).finish("starved", "round 0: 2 completions survived")
     values = report.data(out)
     assert "Trial 0 starved in round 0: 2 completions survived." in values["sentences"] and values["failed"] == []
+    row = ledger.read(out).iloc[0]
+    assert (row["state"], row["end"]) == ("complete", "starved")  # as in a search: a trial like any other, worth nothing
 
 
 @pytest.mark.parametrize("value,text", [(75981, "75981"), (1330.0, "1330"), (0.12345, "0.123"), ("mean", "mean"), (None, "")])

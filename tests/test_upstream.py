@@ -4,11 +4,12 @@ import importlib.util
 
 import pytest
 import torch
-from conftest import TINY, make_lm
+from conftest import TINY, make_lm, train
 
 from steerheal import chat, steering, upstream
 from steerheal.errors import UserError
 from steerheal.generation import generate, greedy
+from steerheal.history import Student, fold
 from steerheal.loop import HealLoop
 from steerheal.settings import from_flat
 from steerheal.stages import Store
@@ -91,7 +92,33 @@ def test_their_methods_act_as_their_own_code_does_and_a_batch_mixes_doses(name, 
 
 
 @needs
-def test_the_loop_runs_on_one_of_theirs(tmp_path):
-    loop = HealLoop(from_flat(TINY | {"steer.method": "steering-lite:sspace", "steer.unit": "raw", "rounds": 1}), make_lm(),
+def test_the_loop_runs_on_one_that_steers_inside_linear_layers(tmp_path):
+    loop = HealLoop(from_flat(TINY | {"steer.method": "steering-lite:sspace", "steer.unit": "raw", "rounds": 2}), make_lm(),
                     Store(tmp_path))
-    assert [r.outcome.round for r in loop.rounds()] == [0]
+    assert [r.outcome.round for r in loop.rounds()] == [0, 1]  # in round 1 the student's layers are PEFT's
+
+
+@needs
+def test_a_student_gives_the_state_of_a_model_with_its_weights():
+    """What their code extracts from base + history is what it extracts from an ordinary model that has both in its weights."""
+    student = Student(make_lm())
+    rounds = [train(student)[0]]
+    student.load_history(rounds)
+    with student.plain():
+        ours = upstream.extract(student.lm, *PERSONAS, CONTEXTS, [1, 2], "steering-lite:sspace")
+    alone = make_lm()
+    for path, (a, b) in fold(rounds).items():
+        alone.model.get_submodule(path).weight.data += b @ a
+    theirs = upstream.extract(alone, *PERSONAS, CONTEXTS, [1, 2], "steering-lite:sspace")
+    assert ours.state.keys() == theirs.state.keys()
+    for place, named in ours.state.items():
+        for name, tensor in named.items():
+            torch.testing.assert_close(tensor, theirs.state[place][name], atol=1e-4, rtol=1e-3)
+    assert student.lm.model.get_submodule(next(iter(student.layers))) is next(iter(student.layers.values()))
+
+
+@needs
+def test_four_bit_weights_are_refused_where_a_method_reads_them():
+    upstream.check("steering-lite:pca", quantised=True)
+    with pytest.raises(UserError, match=r"quantise=none.*mean_diff"):
+        upstream.check("steering-lite:sspace", quantised=True)

@@ -23,7 +23,7 @@ def persona(settings: Settings) -> str:
     if settings.steer.method.startswith("steering-lite:"):
         from steerheal import upstream
 
-        upstream.check(settings.steer.method)
+        upstream.check(settings.steer.method, settings.quantise != "none")
     return f"{found.name}: {found.summary}"
 
 

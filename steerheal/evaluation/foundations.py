@@ -46,7 +46,9 @@ GLOSSES = {
 }
 THINK_OPEN, THINK_CLOSE = "<think>\n", "</think>"
 INTERRUPTION = "Just answer"
-TOKENS = 16_384  # of prompts and thoughts that think together: decoding has a key-value cache of that many
+FRAMES = (FOUNDATIONS, FOUNDATIONS[::-1])
+TOKENS = {"cpu": 49_152, "cuda": 16_384}  # of prompts and thoughts that think together: decoding has a key-value cache of that
+# many, of a small model on a CPU
 NO_MASS = -100.0  # log-probability of each answer where there was none: no mass, and no say in the mean of the frames
 FREE_TOKENS = 32  # of a free answer, beyond the thoughts
 OBJECT = re.compile(r"\{[^{}]*\}")
@@ -83,50 +85,66 @@ def evaluate(lm: LM, items: Sequence[Vignette], *, n_shots: int, think_tokens: i
     wording = wording or OURS
     n = len(items)
     out = dict(logp=torch.empty(n, 2, len(FOUNDATIONS)), prefill_nll=torch.empty(n, 2), natural=torch.zeros(n, 2))
-    for frame, order in enumerate((FOUNDATIONS, FOUNDATIONS[::-1])):
-        answers = answer_ids(lm, wording.answers(order))
-        by_foundation = [answers[order.index(f)] for f in FOUNDATIONS]
-        prompts = [_prompt(lm, v, order, n_shots, system, wording) for v in items]
+    answers = []
+    for order in FRAMES:
+        ids = answer_ids(lm, wording.answers(order))
+        answers.append([ids[order.index(f)] for f in FOUNDATIONS])
+    questions = [Question(i, frame, _prompt(lm, v, order, n_shots, system, wording), answers[frame])
+                 for i, v in enumerate(items) for frame, order in enumerate(FRAMES)]
+    # two frames of a vignette begin alike, but for worked examples: there those of one frame do
+    for together in [questions[::2], questions[1::2]] if n_shots else [questions]:
         read = _think_and_read if think_tokens else _read
-        for i, logp, nll, natural in read(lm, prompts, by_foundation, think_tokens, vector, dose, wording):
-            out["logp"][i, frame], out["prefill_nll"][i, frame], out["natural"][i, frame] = logp, nll, natural
+        for q, logp, nll, natural in read(lm, together, think_tokens, vector, dose, wording):
+            at = q.item, q.frame
+            out["logp"][at], out["prefill_nll"][at], out["natural"][at] = logp, nll, natural
     return Result(dict(ids=[v.id for v in items], foundations=[v.foundation for v in items]), out)
 
 
-Answer = tuple[int, Tensor, Tensor, float]  # item, logp of the answers, prefill NLL, 1 where it came by itself
+@dataclass(frozen=True)
+class Question:
+    """One vignette in one frame: ids of the prompt, and of each foundation's answer."""
+
+    item: int
+    frame: int
+    prompt: list[int]
+    answers: list[int]
 
 
-def _read(lm: LM, prompts: list[list[int]], answers: list[int], think_tokens: int, vector: Steers | None, dose: float,
+Answer = tuple[Question, Tensor, Tensor, float]  # logp of the answers, prefill NLL, 1 where it came by itself
+
+
+def _read(lm: LM, questions: Sequence[Question], think_tokens: int, vector: Steers | None, dose: float,
           wording: Wording) -> Iterator[Answer]:
     """Answer at once."""
     prefill = chat.plain(lm.tokenizer, PREFILL)
+    texts, first = [q.prompt + prefill for q in questions], [len(q.prompt) - 1 for q in questions]
     with steered(lm, vector, dose), torch.no_grad():
-        for i, states in hidden_states(lm, [p + prefill for p in prompts], [len(p) - 1 for p in prompts]):
-            yield i, *_slot(lm, states, prefill, answers), 0.0
+        for i, states in hidden_states(lm, texts, first):
+            yield questions[i], *_slot(lm, states, prefill, questions[i].answers), 0.0
 
 
-def _think_and_read(lm: LM, prompts: list[list[int]], answers: list[int], think_tokens: int, vector: Steers | None,
-                    dose: float, wording: Wording) -> Iterator[Answer]:
+def _think_and_read(lm: LM, questions: Sequence[Question], think_tokens: int, vector: Steers | None, dose: float,
+                    wording: Wording) -> Iterator[Answer]:
     """Think, then answer, unless the thoughts already hold the answer."""
     prefill = chat.plain(lm.tokenizer, PREFILL)
     interruption = chat.plain(lm.tokenizer, THINK_CLOSE + wording.interruption(lm))
-    closing = chat.plain(lm.tokenizer, THINK_CLOSE)
-    opened = [p + chat.plain(lm.tokenizer, THINK_OPEN) for p in prompts]
-    by_length = sorted(range(len(opened)), key=lambda i: len(opened[i]))
-    longest = max(map(len, opened)) + think_tokens + len(interruption + prefill)
-    batches = -(-len(opened) // max(TOKENS // longest, 1))
-    for rows in (by_length[i * len(opened) // batches : (i + 1) * len(opened) // batches] for i in range(batches)):
-        seen = think(lm, [opened[i] for i in rows], think_tokens, interruption + prefill, answers,
+    opening, closing = chat.plain(lm.tokenizer, THINK_OPEN), chat.plain(lm.tokenizer, THINK_CLOSE)
+    watch = sorted({i for q in questions for i in q.answers})
+    by_length = sorted(questions, key=lambda q: len(q.prompt))
+    longest = len(by_length[-1].prompt + opening + interruption + prefill) + think_tokens
+    batches = -(-len(by_length) // max(TOKENS[lm.device.type] // longest, 1))
+    for rows in (by_length[i * len(by_length) // batches : (i + 1) * len(by_length) // batches] for i in range(batches)):
+        seen = think(lm, [q.prompt + opening for q in rows], think_tokens, interruption + prefill, watch,
                      closing if len(closing) == 1 else (), vector, dose)
-        for row, i in enumerate(rows):
+        for row, q in enumerate(rows):
             found = natural_answer(lm, seen.ids[row])
             if found is not None:
                 first, slot = found
-                yield i, seen.watched[row, slot], -seen.logp[row, first:slot].mean(), 1.0
+                yield q, seen.watched[row, slot, [watch.index(i) for i in q.answers]], -seen.logp[row, first:slot].mean(), 1.0
                 continue
-            logp, nll = _slot(lm, seen.states[row, len(interruption) :], prefill, answers)
+            logp, nll = _slot(lm, seen.states[row, len(interruption) :], prefill, q.answers)
             silent = THINK_CLOSE in str(lm.tokenizer.decode(seen.ids[row]))
-            yield i, torch.full_like(logp, NO_MASS) if silent else logp, nll, 0.0
+            yield q, torch.full_like(logp, NO_MASS) if silent else logp, nll, 0.0
 
 
 def _slot(lm: LM, states: torch.Tensor, prefill: list[int], answers: list[int]) -> tuple[Tensor, Tensor]:
