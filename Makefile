@@ -13,7 +13,7 @@ $(BIN)/python:
 	  { echo "error: $(PYTHON) is older than 3.11. Name a newer one: make PYTHON=python3.12 ..." >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
-# torch first: the registry's newest build would bring gigabytes of CUDA to machines without a card
+# torch first and pinned: the build that pip finds, CPU or CUDA, is settled before anything else asks for torch
 $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'

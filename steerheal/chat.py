@@ -66,5 +66,5 @@ def default_system(tokenizer: PreTrainedTokenizerBase) -> bool:
 def _apply(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> str:
     rendered = tokenizer.apply_chat_template(
         messages, tokenize=False, add_generation_prompt=True,
-        date_string=FROZEN_DATE, chat_template=FREEZE + str(tokenizer.chat_template))
+        date_string=FROZEN_DATE, chat_template=FREEZE + tokenizer.get_chat_template())
     return str(rendered)

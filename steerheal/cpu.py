@@ -44,7 +44,8 @@ def decoding(lm: LM, rows: int) -> Iterator[None]:
     Args:
         rows: of the batches to come, which the layout of the weights is chosen for.
     """
-    usable = lm.device.type == "cpu" and torch.backends.mkldnn.is_available()
+    usable = (lm.device.type == "cpu" and torch.backends.mkldnn.is_available()
+              and torch.ops.mkldnn._is_mkldnn_bf16_supported())  # processors without AVX-512 have no such kernel
     layers = [m for m in lm.model.modules() if type(m) is nn.Linear and m.weight.dtype == torch.bfloat16 and usable]
     try:
         for layer in layers:
@@ -66,11 +67,11 @@ def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, atte
     """Attention in the form of transformers' interface.
 
     Args:
-        query: [rows, heads, queries, d]; key, value: [rows, key-value heads, places, d].
+        query: [rows, heads, queries, d]; key: [rows, key-value heads, places, d]; value: the same, or with another d.
         attention_mask: boolean [rows, 1, queries, places], True where a place is seen; None for causal.
 
     Returns:
-        ([rows, queries, heads, d], None)
+        ([rows, queries, heads, value's d], None)
     """
     rows, heads, n, d = query.shape
     groups, places = key.shape[1:3]
@@ -80,7 +81,7 @@ def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, atte
         seen = query.reshape(rows, groups, heads // groups, d) if n == 1 else query
         out = scaled_dot_product_attention(seen, key, value, attention_mask, scale=scaling, enable_gqa=n > 1,
                                            is_causal=attention_mask is None and n > 1)
-        return out.reshape(rows, heads, n, d).transpose(1, 2), None
+        return out.reshape(rows, heads, n, -1).transpose(1, 2), None
     if rows * heads * n * places > SCORES or (attention_mask is not None and attention_mask.dtype != torch.bool):
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
     seen_by = _causal(n, places) if attention_mask is None else attention_mask
@@ -89,7 +90,7 @@ def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, atte
         scores = (q @ key.float().transpose(2, 3)).view(rows, groups, heads // groups, n, places)
         scores = scores.masked_fill(~seen_by[:, :, None], torch.finfo(torch.float32).min)
         out = scores.softmax(-1).view(rows, groups, heads // groups * n, places) @ value.float()
-    return out.to(query.dtype).view(rows, heads, n, d).transpose(1, 2), None
+    return out.to(query.dtype).view(rows, heads, n, -1).transpose(1, 2), None
 
 
 def _causal(n: int, places: int) -> Tensor:

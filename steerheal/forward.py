@@ -205,7 +205,7 @@ def _finish(ids: list[int], depth: list[int], paths: dict[int, list[int]]) -> Pa
 def _masks(lm: LM, pack: Pack, shared: int) -> Tensor | dict[str, Tensor]:
     """Additive attention masks [1, 1, n, shared + n]: node q sees the prefix and its ancestors, itself included.
 
-    A dict by layer type where the model has sliding-window layers.
+    A dict by layer type where the model tells its layers apart.
     """
     n = len(pack.ids)
     index = torch.arange(n, device=lm.device)
@@ -214,9 +214,10 @@ def _masks(lm: LM, pack: Pack, shared: int) -> Tensor | dict[str, Tensor]:
     full = _additive(sees, lm)
     if not windowed(lm):
         return full
+    config = lm.model.config.get_text_config()
     position = torch.cat([torch.arange(shared, device=lm.device), pack.depth])
-    near = pack.depth[:, None] - position[None] < lm.model.config.get_text_config().sliding_window
-    return {"full_attention": full, "sliding_attention": _additive(sees & near, lm)}
+    near = _additive(sees & (pack.depth[:, None] - position[None] < config.sliding_window), lm)
+    return {"full_attention": full, "sliding_attention": near} if getattr(config, "layer_types", None) else near
 
 
 def _additive(sees: Tensor, lm: LM) -> Tensor:
@@ -225,8 +226,10 @@ def _additive(sees: Tensor, lm: LM) -> Tensor:
 
 
 def windowed(lm: LM) -> bool:
-    """Whether some layers see no further back than a sliding window."""
-    return "sliding_attention" in (getattr(lm.model.config.get_text_config(), "layer_types", None) or ())
+    """Whether some layers see no further back than a sliding window; without types of layers, all of them do."""
+    config = lm.model.config.get_text_config()
+    types = getattr(config, "layer_types", None)
+    return "sliding_attention" in types if types else getattr(config, "sliding_window", None) is not None
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:

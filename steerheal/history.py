@@ -66,6 +66,7 @@ class Student:
                 if isinstance(linear, nn.Linear):
                     self.linears[path] = linear
         self.has_history = False
+        self.gated = False  # whether `base` is open
         self.use_student()
 
     def targets(self, lo: float, hi: float) -> list[str]:
@@ -118,19 +119,21 @@ class Student:
     @contextlib.contextmanager
     def base(self) -> Iterator[None]:
         """The untouched base while the context is open: bit-identical to the model as loaded."""
+        self.gated = True
         self._activate([])
         try:
             yield
         finally:
+            self.gated = False
             self.use_student()
 
     @contextlib.contextmanager
     def merged(self) -> Iterator[None]:
-        """History inside the weights, for generation only; the exact original bits come back.
+        """History inside the weights, for generation only; the exact original bits come back. Inside `base` there is none.
 
         Quantised weights cannot be merged without loss of their own, so there the factored form generates.
         """
-        if not self.has_history or self.lm.quantised:
+        if not self.has_history or self.lm.quantised or self.gated:
             yield
             return
         originals = {}

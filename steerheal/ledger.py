@@ -60,6 +60,7 @@ def conclude(study: optuna.Study, trial: optuna.Trial, rounds: Sequence[dict[str
     told = objectives.worth(end, rounds)
     if told is None and end not in objectives.WORTHLESS:
         why = why or "its readouts are not finite: the model diverged"
+    trial.set_user_attr("rounds", list(rounds))  # whole, should one of them have met a locked study
     trial.set_user_attr("end", end)
     if why:
         trial.set_user_attr("error", why)

@@ -8,20 +8,18 @@ vision tower is never touched.
 from __future__ import annotations
 
 import hashlib
-import os
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from steerheal.errors import UserError
 from steerheal.settings import Settings
-from steerheal.stages import atomic_write
-from steerheal.weights import cache_dir, hub_commit, is_local, locate
+from steerheal.weights import is_local, locate, weights_digest
 
 IMAGE_TOKENS = ("<start_of_image>", "<end_of_image>", "<image_soft_token>")  # Gemma's; text-only configs do not name them
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -136,14 +134,22 @@ def load(settings: Settings, commit: str = "") -> LM:
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
     except torch.OutOfMemoryError:
         raise  # a trial's end of its own
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         way = "Check it" if is_local(settings.model) else "Delete that folder to fetch it again"
         raise UserError(f"model = {settings.model!r}: {path} cannot be loaded ({type(error).__name__}: "
                         f"{str(error).splitlines()[0]}). {way}, or name another model.") from error
     if tokenizer.chat_template is None:
         raise UserError(f"model = {settings.model!r} has no chat template: it is a base model. Name an instruct model.")
     digest = hashlib.sha256(f"{weights_digest(path)} {settings.dtype} {settings.attention} {settings.quantise}".encode())
-    return wrap(model, tokenizer, settings.model, digest.hexdigest(), quantised=settings.quantise != "none")
+    packed = bool(getattr(model, "is_quantized", False))  # by the settings, or as the checkpoint comes
+    if packed and not getattr(model, "is_loaded_in_4bit", False):
+        raise UserError(f"model = {settings.model!r} comes quantised in a way that is not supported here: allowed are weights "
+                        f"that are not quantised, and bitsandbytes 4-bit. Name the model that it was made from.")
+    lm = wrap(model, tokenizer, settings.model, digest.hexdigest(), quantised=packed)
+    from steerheal.architectures import check  # which runs a model, so it knows what this module defines
+
+    check(lm)
+    return lm
 
 
 def wrap(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str, digest: str,
@@ -158,25 +164,3 @@ def wrap(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str, 
             if hasattr(module, "support_avx512bf16_for_cpu"):
                 setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010  no attribute that nn.Module declares
     return LM(name, digest, model, tokenizer, quantised)
-
-
-def weights_digest(path: Path) -> str:
-    """SHA-256 over the weights, config and tokenizer of a folder; a hub snapshot is named by its commit already.
-
-    The digest of a local folder is cached beside the user's weights, keyed by path, sizes and modification times.
-    """
-    if commit := hub_commit(path):
-        return f"hub:{path.parent.parent.name}@{commit}"
-    files = sorted(f for f in path.iterdir() if f.suffix in (".safetensors", ".json", ".jinja", ".model", ".bin"))
-    stamp = hashlib.sha256(repr([(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]).encode()).hexdigest()
-    memo = cache_dir() / "digests" / stamp
-    if memo.exists():
-        return memo.read_text()
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(file.name.encode())
-        with file.open("rb") as handle:
-            digest.update(hashlib.file_digest(handle, "sha256").digest())
-    if os.access(cache_dir().parent, os.W_OK):
-        atomic_write(memo, digest.hexdigest().encode())
-    return digest.hexdigest()

@@ -129,8 +129,8 @@ def _parse(raw: dict[str, Any], path: Path) -> Persona:
             conduct.append(dilemma)
         else:
             problems.append(f"conduct[{i}]: needs a prompt and pairs with enact and oppose")
-    if raw.get("conduct") == []:
-        problems.append("conduct: expected at least one")
+    if isinstance(raw.get("conduct"), list) and len(raw["conduct"]) < 2:
+        problems.append("conduct: expected at least two dilemmas: one alone has no interval")
     persona = Persona(
         take(raw, "name", str), take(raw, "summary", str), take(raw, "positive", str), take(raw, "negative", str),
         foundation, readout.get("direction", 1), readout.get("conduct_direction", 1),
@@ -209,8 +209,9 @@ def _pool(items: str) -> list[Vignette]:
                 problems.append(f"line {number}: foundation {row['foundation']!r}; allowed: {', '.join(FOUNDATIONS)}")
         except (ValueError, KeyError, TypeError, AttributeError):
             problems.append(f"line {number}: needs a JSON object with text and foundation")
-    if problems or not out:
-        raise UserError(f"evaluate.items = {items!r}: " + ("; ".join(problems) or "the file is empty"))
+    if problems or len(out) < 2:
+        few = f"{len(out)} vignettes; it takes two at least, since one alone has no interval"
+        raise UserError(f"evaluate.items = {items!r}: " + ("; ".join(problems) or few))
     return out
 
 

@@ -68,11 +68,13 @@ class Plan:
 
 
 def _contents(settings: Settings) -> dict[str, str]:
-    """Hashes of the files that settings name: an edited file is another instrument under the same path."""
+    """Hashes of what settings name by its path: an edited file is another instrument, other weights are another base."""
     persona, items = settings.persona, settings.evaluate.items
     named = {"persona": persona} if persona.endswith(".toml") else {}
     named |= {"evaluate.items": items} if items != "builtin" else {}
-    return {f"content of {field}": hashlib.sha256(Path(value).read_bytes()).hexdigest()[:16]
+    local = weights.is_local(settings.model)
+    model = {"content of model": weights.weights_digest(weights.locate(settings.model))[:16]} if local else {}
+    return model | {f"content of {field}": hashlib.sha256(Path(value).read_bytes()).hexdigest()[:16]
             for field, value in named.items() if Path(value).is_file()}
 
 

@@ -23,18 +23,18 @@ from steerheal.steering import Dial
 
 
 class Room(DynamicLayer):
-    """One layer's keys and values, [rows, heads, places, d] with `taken` places in use.
+    """One layer's keys and values, each [rows, heads, places, d] with `taken` places in use.
 
     Every layer keeps everything, under a sliding window too: there the mask decides what is seen.
     """
 
-    def __init__(self, like: Tensor, rows: int, places: int, taken: int) -> None:
+    def __init__(self, keys: Tensor, values: Tensor, rows: int, places: int, taken: int) -> None:
+        """As wide as these keys and values of some other batch."""
         super().__init__()
-        shape = (rows, like.shape[1], places, like.shape[3])
         # zeros, because a masked place still enters the product with the values, and 0 x NaN is NaN
-        self.room = like.new_zeros(shape), like.new_zeros(shape)
+        self.room = tuple(like.new_zeros(rows, like.shape[1], places, like.shape[3]) for like in (keys, values))
         self.taken = taken
-        self.dtype, self.device, self.is_initialized = like.dtype, like.device, True
+        self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
         self._show()
 
     def _show(self) -> tuple[Tensor, Tensor]:
@@ -83,7 +83,7 @@ def prefill(lm: LM, prompts: Sequence[list[int]], room: int, dial: Dial, doses: 
         for pack, shared, out in run_packs(lm, [prompts[i] for i in members], cache=tree):
             if not layers:
                 states = out.new_empty(len(prompts), out.shape[-1])
-                layers = [Room(keys, len(prompts), width + room, width) for keys, _, _ in tree]
+                layers = [Room(keys, values, len(prompts), width + room, width) for keys, values, _ in tree]
             rows: list[int] = []
             places: list[int] = []
             under: list[int] = []

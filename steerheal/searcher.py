@@ -138,13 +138,15 @@ class StudySearcher(Searcher):
     def _keep(self, trial_id: str, result: dict[str, Any]) -> None:
         """Store the round that a result carries, once."""
         trial, rounds = self.trials[trial_id], self.rounds[trial_id]
+        row = json.loads(result.get("row") or "null")
+        new = row is not None and row["round"] == len(rounds)
+        if new:  # before anything is written: a study that is locked for a while must not lose the rounds that follow
+            rounds.append(row)
         baselines = result.get("baselines")
         if baselines and "baselines" not in self.study.user_attrs:  # the first trial's, for the whole search
             self.study.set_user_attr("baselines", json.loads(baselines))
             self.study.set_user_attr("trait", result["trait"])
-        row = json.loads(result.get("row") or "null")
-        if row is not None and row["round"] == len(rounds):
-            rounds.append(row)
+        if new:
             trial.set_user_attr("rounds", rounds)
             self.on_change(self.index[trial_id], row)
 

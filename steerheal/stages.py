@@ -30,8 +30,8 @@ MAGIC = "steerheal-stage/1"
 # A stage's version is part of its digest. Raise it when the stage's code changes what it computes;
 # tests/test_stage_versions.py reminds you.
 VERSIONS = {
-    "vector": 3, "states": 1, "kl_dose": 1, "completions": 5, "scores": 2, "log_ratio": 1, "diary": 4, "heal": 5,
-    "foundations": 5, "conduct": 1, "fluency": 6, "free_answers": 4,
+    "vector": 3, "states": 2, "kl_dose": 2, "completions": 5, "scores": 3, "log_ratio": 2, "diary": 4, "heal": 6,
+    "foundations": 5, "conduct": 2, "fluency": 6, "free_answers": 4,
 }
 
 

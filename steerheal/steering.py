@@ -127,7 +127,8 @@ def mean_states(lm: LM, system: str, contexts: Sequence[str], layers: Sequence[i
     handles = [lm.blocks[i].register_forward_hook(collect(i)) for i in layers]
     config = lm.model.config.get_text_config()
     depth = config.num_hidden_layers
-    config.num_hidden_layers = max(layers) + 1  # the blocks above are not read, so they do not run
+    if not getattr(config, "hidden_size_per_layer_input", 0):  # these inputs are laid out for the whole depth
+        config.num_hidden_layers = max(layers) + 1  # the blocks above are not read, so they do not run
     try:
         for pack, _, _ in run_packs(lm, prompts):
             ends = torch.stack([path[-1] for path in pack.paths.values()]).to(lm.device)

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from steerheal.errors import UserError
+from steerheal.stages import atomic_write
 
 GEMMA = "google/gemma-3-4b-it"
 EMBEDDED = "smollm2-135m-instruct"
@@ -222,3 +223,25 @@ def _dequantise(gguf: Path, target: Path) -> None:
         del model.config.quantization_config
     model.save_pretrained(target, max_shard_size="100GB")
     AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(target)
+
+
+def weights_digest(path: Path) -> str:
+    """SHA-256 over the weights, config and tokenizer of a folder; a hub snapshot is named by its commit already.
+
+    The digest of a local folder is cached beside the user's weights, keyed by path, sizes and modification times.
+    """
+    if commit := hub_commit(path):
+        return f"hub:{path.parent.parent.name}@{commit}"
+    files = sorted(f for f in path.iterdir() if f.suffix in (".safetensors", ".json", ".jinja", ".model", ".bin"))
+    stamp = hashlib.sha256(repr([(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]).encode()).hexdigest()
+    memo = cache_dir() / "digests" / stamp
+    if memo.exists():
+        return memo.read_text()
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.name.encode())
+        with file.open("rb") as handle:
+            digest.update(hashlib.file_digest(handle, "sha256").digest())
+    if os.access(cache_dir().parent, os.W_OK):
+        atomic_write(memo, digest.hexdigest().encode())
+    return digest.hexdigest()

@@ -18,6 +18,8 @@ from transformers import (
     Gemma3TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -62,6 +64,8 @@ def make_model(architecture: str, vocabulary: int, layers: int = 4):
         model = LlamaForCausalLM(LlamaConfig(**common))
     elif architecture == "qwen2":
         model = Qwen2ForCausalLM(Qwen2Config(**common))
+    elif architecture == "mistral":  # a sliding window on every layer, and no list of layer types
+        model = MistralForCausalLM(MistralConfig(**common, sliding_window=WINDOW))
     else:
         text = Gemma3TextConfig(**common, head_dim=8, sliding_window=WINDOW, query_pre_attn_scalar=8,
                                 layer_types=["sliding_attention", "full_attention"] * (layers // 2))

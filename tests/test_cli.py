@@ -4,6 +4,7 @@ import contextlib
 import io
 import os
 import runpy
+import shutil
 import subprocess
 import sys
 import warnings
@@ -152,6 +153,19 @@ def test_an_edited_file_is_another_search(tmp_path):
     items.write_text("two")
     with pytest.raises(UserError, match=r"content of evaluate\.items"):
         make(tmp_path)
+
+
+def test_other_weights_in_the_same_folder_are_another_search(tiny_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("STEERHEAL_CACHE", str(tmp_path / "cache"))
+    mine = tmp_path / "mine"
+    shutil.copytree(tiny_folder, mine)
+    make(tmp_path, model=str(mine)).write()
+    make(tmp_path, model=str(mine))
+    data = bytearray((mine / "model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (mine / "model.safetensors").write_bytes(bytes(data))
+    with pytest.raises(UserError, match="content of model"):
+        make(tmp_path, model=str(mine))
 
 
 def test_a_torn_search_json_says_how_to_go_on(tmp_path):

@@ -1,3 +1,8 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import make_lm
@@ -61,3 +66,27 @@ def test_packed_weights_give_the_same_states_and_leave_no_trace():
         assert "forward" in vars(lm.blocks[0].mlp.up_proj)
     torch.testing.assert_close(inside, plain, atol=0.2, rtol=0.02)  # bfloat16 steps of logits around 10
     assert torch.equal(lm.model(ids).logits, plain) and "forward" not in vars(lm.blocks[0].mlp.up_proj)
+
+
+def test_bfloat16_decodes_on_a_processor_without_avx512():
+    """oneDNN reads the limit once, when it is first used: hence another process."""
+    code = """
+import torch
+from conftest import make_lm
+from steerheal.generation import generate, greedy
+lm = make_lm(dtype=torch.bfloat16)
+assert not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+print(len(generate(lm, [[1, 2, 3], [4, 5]], greedy(4))))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent,
+                          env=os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2", "PYTHONPATH": f"{Path(__file__).parent.parent}"})
+    assert done.stdout.strip() == "2", done.stderr
+
+
+@torch.no_grad()
+def test_values_may_be_narrower_than_keys():
+    g = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(2, 4, n, d, generator=g) for n, d in ((1, 8), (7, 8), (7, 5)))
+    out, _ = cpu.attention(torch.nn.Identity(), query, key, value, None)
+    want = (query.double() @ key.double().transpose(2, 3) / 8**0.5).softmax(-1) @ value.double()
+    torch.testing.assert_close(out.double(), want.transpose(1, 2), atol=1e-5, rtol=1e-5)

@@ -5,6 +5,7 @@ import torch
 from conftest import WINDOW, make_lm
 
 from steerheal import cpu, forward
+from steerheal.generation import generate, greedy
 
 
 def brute(lm, sequence):
@@ -32,6 +33,25 @@ def test_sharing_prefixes_changes_nothing(any_lm, shared, size, monkeypatch):
     assert sorted(got) == list(range(len(sequences)))
     for i, s in enumerate(sequences):
         torch.testing.assert_close(got[i], brute(any_lm, s)[first[i] :], atol=2e-4, rtol=2e-4)
+
+
+@torch.no_grad()
+def test_a_window_on_every_layer_is_kept_in_scoring_training_and_generation():
+    lm = make_lm("mistral")
+    sequences = family(3 * WINDOW)
+    got = dict(forward.hidden_states(lm, sequences, [WINDOW] * len(sequences)))
+    trained = forward.training_states(lm, sequences, [WINDOW] * len(sequences)).split([len(s) - WINDOW for s in sequences])
+    for i, s in enumerate(sequences):
+        want = brute(lm, s)[WINDOW:]
+        torch.testing.assert_close(got[i], want, atol=2e-4, rtol=2e-4)
+        torch.testing.assert_close(trained[i], want, atol=2e-4, rtol=2e-4)
+    for drawn, prompt in zip(generate(lm, sequences[:2], greedy(4)), sequences):
+        text = list(prompt)
+        for token in drawn.targets:
+            logits = lm.logits(brute(lm, text)[-1])
+            logits[lm.banned] = -torch.inf
+            assert int(logits.argmax()) == token
+            text.append(token)
 
 
 @torch.no_grad()

@@ -81,6 +81,17 @@ def test_merging_for_generation_gives_the_exact_bits_back(any_lm):
     assert torch.equal(any_lm.model(IDS).logits, before)
 
 
+def test_base_stays_base_whatever_merges_inside_it(lm):
+    before = lm.model(IDS).logits
+    student = Student(lm)
+    student.load_history([train(student)[0]])
+    with student.base():
+        for form in (student.merged, student.plain):
+            with form():
+                assert torch.equal(lm.model(IDS).logits, before)
+    assert not torch.equal(lm.model(IDS).logits, before)
+
+
 def test_memory_that_runs_out_while_merging_leaves_the_base_as_it_was(lm, monkeypatch):
     student = Student(lm)
     factors, _ = train(student)

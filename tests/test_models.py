@@ -1,13 +1,16 @@
+import dataclasses
 import hashlib
 import json
+import shutil
 import types
 import zipfile
 
 import pytest
 import torch
-from conftest import make_lm
+from conftest import TEMPLATE, make_lm, make_model, make_tokenizer
+from transformers import GraniteConfig, GraniteForCausalLM, Lfm2Config, Lfm2ForCausalLM
 
-from steerheal import models, weights
+from steerheal import chat, models, weights
 from steerheal.errors import UserError
 from steerheal.settings import from_flat
 from steerheal.weights import WheelModel
@@ -20,8 +23,6 @@ def cache(tmp_path, monkeypatch):
 
 
 def test_a_local_folder_loads_and_its_digest_follows_its_bytes(tiny_folder, cache, tmp_path):
-    import shutil
-
     settings = from_flat({"model": str(tiny_folder), "dtype": "float32"})
     lm = models.load(settings)
     reference = make_lm()
@@ -169,8 +170,6 @@ def test_auto_says_what_it_takes_and_that_results_do_not_compare(monkeypatch, me
 
 
 def test_four_bit_gradients_survive_a_pass_without_gradients(tmp_path, cache):
-    from conftest import make_model, make_tokenizer
-
     tokenizer = make_tokenizer()
     make_model("llama", len(tokenizer) + 8).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
@@ -186,3 +185,53 @@ def test_four_bit_gradients_survive_a_pass_without_gradients(tmp_path, cache):
     with torch.no_grad():
         lm.decoder(inputs_embeds=states)
     assert before.abs().sum() > 0 and torch.equal(gradient(), before)
+
+
+def save(folder, model, template=TEMPLATE):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = template
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return from_flat({"model": str(folder), "dtype": "float32", "device": "cpu"})
+
+
+def test_half_copied_weights_are_a_sentence(tiny_folder, cache, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny_folder, copy)
+    (copy / "model.safetensors").write_bytes((copy / "model.safetensors").read_bytes()[:5000])
+    with pytest.raises(UserError, match="cannot be loaded"):
+        models.load(from_flat({"model": str(copy)}))
+
+
+def test_weights_that_come_quantised_are_known_as_such(tmp_path, cache):
+    settings = save(tmp_path / "plain", make_model("llama", len(make_tokenizer()) + 8))
+    packed = models.load(dataclasses.replace(settings, quantise="nf4", dtype="bfloat16"))
+    packed.model.save_pretrained(tmp_path / "packed")
+    packed.tokenizer.save_pretrained(tmp_path / "packed")
+    assert models.load(from_flat({"model": str(tmp_path / "packed"), "device": "cpu"})).quantised
+
+
+def test_a_model_that_scales_its_logits_is_refused(tmp_path, cache):
+    """Everything here takes logits from head and states; a scale in between would change every number, silently."""
+    torch.manual_seed(0)
+    common = dict(vocab_size=len(make_tokenizer()) + 8, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                  num_attention_heads=4, num_key_value_heads=2)
+    model = GraniteForCausalLM(GraniteConfig(**common, logits_scaling=8.0))
+    model.get_output_embeddings().weight.data *= 20  # a random model's predictions are nearly flat
+    with pytest.raises(UserError, match=r"GraniteForCausalLM.*nats from those of its own code"):
+        models.load(save(tmp_path / "granite", model))
+
+
+def test_a_model_with_layers_that_know_no_mask_is_refused(tmp_path, cache):
+    torch.manual_seed(0)
+    config = Lfm2Config(vocab_size=len(make_tokenizer()) + 8, hidden_size=32, intermediate_size=64, num_hidden_layers=4,
+                        num_attention_heads=4, num_key_value_heads=2, layer_types=["conv", "full_attention"] * 2)
+    with pytest.raises(UserError, match="Lfm2ForCausalLM"):
+        models.load(save(tmp_path / "lfm2", Lfm2ForCausalLM(config)))
+
+
+def test_a_tokenizer_with_several_templates_takes_its_default(tmp_path, cache):
+    lm = models.load(save(tmp_path / "two", make_model("llama", len(make_tokenizer()) + 8),
+                          {"default": TEMPLATE, "tool_use": "tools"}))
+    assert isinstance(lm.tokenizer.chat_template, dict)
+    assert chat.prompt(lm.tokenizer, "x") == chat.prompt(make_tokenizer(), "x")

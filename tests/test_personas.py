@@ -99,7 +99,8 @@ def test_a_broken_persona_file_names_everything_at_once(tmp_path):
         personas.load("nobody")
 
 
-CONDUCT = 'conduct = [{prompt = "q", pairs = [{enact = "a", oppose = "b"}]}]'
+ONE = '{prompt = "q", pairs = [{enact = "a", oppose = "b"}]}'
+CONDUCT = f'conduct = [{ONE}, {{prompt = "r", pairs = [{{enact = "c", oppose = "d"}}]}}]'
 WHOLE = f"""
 name = "x"
 summary = "s"
@@ -128,7 +129,8 @@ def test_lists_of_the_wrong_kind_are_refused(tmp_path):
             ('dilemmas = ["d"]', "dilemmas = []", "dilemmas: expected texts, at least 1"),
             ('headline = ["h"]', "headline = [1]", "headline: expected texts"),
             ("narration = []", "narration = [5]", "narration: expected texts"),
-            (CONDUCT, "conduct = []", "conduct: expected at least one"),
+            (CONDUCT, "conduct = []", "conduct: expected at least two"),
+            (CONDUCT, f"conduct = [{ONE}]", "conduct: expected at least two"),
             (CONDUCT, 'conduct = ["x"]', "conduct[0]: needs a prompt"),
             ('pairs = [{enact = "a", oppose = "b"}]', "pairs = 3", "conduct[0]: needs a prompt")):
         assert old in WHOLE
@@ -139,6 +141,9 @@ def test_lists_of_the_wrong_kind_are_refused(tmp_path):
     path.write_bytes(WHOLE.replace("summary = \"s\"", "summary = \"caf\xe9\"").encode("latin-1"))
     with pytest.raises(UserError, match="not valid TOML"):
         personas.load(str(path))
+    (tmp_path / "v.jsonl").write_text('{"text": "x", "foundation": "care"}')
+    with pytest.raises(UserError, match="1 vignettes; it takes two"):
+        personas.vignettes(str(tmp_path / "v.jsonl"), 7)
     (tmp_path / "v.jsonl").write_bytes(b'{"text": "caf\xe9", "foundation": "care"}')
     with pytest.raises(UserError, match="must be UTF-8"):
         personas.vignettes(str(tmp_path / "v.jsonl"), 7)

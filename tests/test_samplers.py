@@ -105,3 +105,18 @@ def test_the_study_holds_what_optunas_own_tools_read(tmp_path):
     constraint = pytest.approx(0.3 * trial.params["heal.tau"] - 0.15)
     assert trial.constraints["deliverable"] == constraint and trial.system_attrs["constraints"] == [constraint]
     assert trial.user_attrs["rounds"][0]["trait_gain"] == trial.values[0]
+
+
+def test_a_study_that_is_locked_for_one_write_loses_no_round(tmp_path, monkeypatch):
+    search = searcher.StudySearcher(study(tmp_path / "s"), SPACE, [0], {}, "random", 3)
+    search.suggest("t")
+    rows = [dict(round=r, trait_gain=0.1 * r, coherence_kept=0.9, violation=-0.05) for r in range(3)]
+    first = dict(row=json.dumps(rows[0]), baselines=json.dumps([{}]), trait="conduct")
+    with monkeypatch.context() as patch:
+        patch.setattr(optuna.Study, "set_user_attr", lambda *a: 1 / 0)
+        search.on_trial_result("t", first)
+    for row in rows[1:]:
+        search.on_trial_result("t", dict(row=json.dumps(row)))
+    search.on_trial_complete("t", dict(row="null", end="rounds"))
+    [trial] = search.study.get_trials()
+    assert trial.user_attrs["rounds"] == rows and trial.state.name == "COMPLETE" and "error" not in trial.user_attrs

@@ -42,7 +42,7 @@ def checks(settings: Settings, trials: int, results: Path, concurrent: int = 1) 
     from steerheal.doctor import machine, model
 
     return [
-        ("python", machine.python), ("torch", machine.torch_build), ("card", lambda: machine.card(settings)),
+        ("python", machine.python), ("torch", lambda: machine.torch_build(settings)), ("card", lambda: machine.card(settings)),
         ("4-bit", lambda: machine.bitsandbytes(settings)), ("memory", machine.memory),
         ("shared mem", machine.shared_memory), ("persona", lambda: model.persona(settings)),
         ("items", lambda: model.items(settings)),

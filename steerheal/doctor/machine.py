@@ -20,13 +20,14 @@ def python() -> str:
     return platform.python_version()
 
 
-def torch_build() -> str:
+def torch_build(settings: Settings) -> str:
     import torch
 
     cuda = torch.version.cuda
-    if weights.cards() and not cuda:
+    if weights.cards() and not cuda and settings.device != "cpu":
         raise UserError(f"torch {torch.__version__} is a CPU build, though nvidia-smi shows a card. Install a CUDA build: "
-                        "the command for your driver is at https://pytorch.org/get-started/locally")
+                        "the command for your driver is at https://pytorch.org/get-started/locally; or leave the card "
+                        "alone with --set device=cpu")
     return f"{torch.__version__}, {f'CUDA {cuda}' if cuda else 'CPU build'}, {torch.get_num_threads()} threads"
 
 

@@ -69,9 +69,9 @@ def shape(settings: Settings) -> memory.Shape | None:
         return None
     try:
         return memory.shape_of(_config(name), settings.dtype, settings.quantise, settings.attention)
-    except (AttributeError, ValueError) as error:
+    except (AttributeError, ValueError, RuntimeError) as error:
         raise UserError(f"{name}: this architecture cannot be steered and healed here ({str(error).splitlines()[0]}). "
-                        f"Decoders built like Llama, Qwen and Gemma can") from None
+                        f"Decoders built like Llama, Qwen, Mistral and Gemma can") from None
 
 
 def store_bytes(settings: Settings, trials: int) -> float:
@@ -118,7 +118,7 @@ def template(settings: Settings) -> str:
     tokenizer = AutoTokenizer.from_pretrained(source)
     if tokenizer.chat_template is None:
         raise UserError(f"{settings.model} has no chat template: it is a base model. Name an instruct model")
-    written = str(tokenizer.chat_template)
+    written = tokenizer.get_chat_template()
     own = chat.has_system_role(tokenizer)
     try:
         listed = GenerationConfig.from_pretrained(source).eos_token_id
