@@ -83,7 +83,7 @@ def _draw_stages(axes: plt.Axes, stages: pd.DataFrame) -> None:
     if stages.empty:
         style.say(axes, "where the time went is not on record")
         return
-    unit, per = ("hours", 3600) if stages["seconds"].sum() + stages["saved"].sum() >= 7200 else ("minutes", 60)
+    unit, per = ("hours", 3600) if max(stages["seconds"].max(), stages["saved"].max()) >= 7200 else ("minutes", 60)
     y = np.arange(len(stages))[::-1]
     axes.barh(y + 0.2, stages["seconds"] / per, height=0.36, color=style.BLUE)
     axes.barh(y - 0.2, stages["saved"] / per, height=0.36, color=style.GREEN)

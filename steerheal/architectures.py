@@ -14,6 +14,7 @@ from steerheal.errors import UserError
 from steerheal.forward import hidden_states
 from steerheal.generation import generate, greedy
 from steerheal.models import LM
+from steerheal.weights import KINDS
 
 TEXTS = "Tell me about the sea.", "Tell me about the old town."
 APART = 0.05  # nats of KL at the last token; rounding is a hundredth of that in bfloat16
@@ -42,4 +43,4 @@ def check(lm: LM) -> None:
 
 def _refused(lm: LM, why: str) -> UserError:
     return UserError(f"model = {lm.name!r}: this architecture ({type(lm.model).__name__}) cannot be steered and healed here "
-                     f"({why}). Decoders built like Llama, Qwen, Mistral and Gemma can; name one of these.")
+                     f"({why}). {KINDS}; name one of these.")

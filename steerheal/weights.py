@@ -25,6 +25,7 @@ from pathlib import Path
 from steerheal.errors import UserError
 from steerheal.stages import atomic_write
 
+KINDS = "Decoders built like Llama, Qwen, Mistral and Gemma can"
 GEMMA = "google/gemma-3-4b-it"
 EMBEDDED = "smollm2-135m-instruct"
 

@@ -95,7 +95,7 @@ def test_an_architecture_of_another_kind_is_refused_in_words(gemma, tmp_path):
 
     gemma.setattr(model, "_config", lambda name: GPT2Config(n_layer=2, n_embd=32, n_head=2))
     ok, text = said(GEMMA, tmp_path)["fits"]
-    assert not ok and "this architecture cannot be steered and healed here" in text and "Llama, Qwen and Gemma" in text
+    assert not ok and "this architecture cannot be steered and healed here" in text and weights.KINDS in text
 
 
 def test_a_search_is_told_everything_at_once(gemma, tmp_path):

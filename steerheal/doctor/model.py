@@ -71,7 +71,7 @@ def shape(settings: Settings) -> memory.Shape | None:
         return memory.shape_of(_config(name), settings.dtype, settings.quantise, settings.attention)
     except (AttributeError, ValueError, RuntimeError) as error:
         raise UserError(f"{name}: this architecture cannot be steered and healed here ({str(error).splitlines()[0]}). "
-                        f"Decoders built like Llama, Qwen, Mistral and Gemma can") from None
+                        f"{weights.KINDS}") from None
 
 
 def store_bytes(settings: Settings, trials: int) -> float:
