@@ -17,7 +17,7 @@ from steerheal.models import LM
 from steerheal.weights import KINDS
 
 TEXTS = "Tell me about the sea.", "Tell me about the old town."
-APART = 0.05  # nats of KL at the last token; rounding is a hundredth of that in bfloat16
+APART = 0.5  # nats of KL at the last token; rounding in bfloat16 makes less than 0.01 of it
 
 
 @torch.no_grad()
