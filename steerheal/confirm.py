@@ -113,6 +113,10 @@ def _report(folder: Path, found: pd.DataFrame, table: pd.DataFrame, left: list[i
     console = make_console()
     console.print("Front members on fresh run seeds (gain in nats)")
     for row in stays(found).to_dict("records"):
+        if not row["n"]:
+            console.print(f"  {row['trial']}.{row['round']}: gain {row['gain']:+.3f} in the search, not run yet",
+                          soft_wrap=True)
+            continue
         spread = ("never reached" if row["mean_gain"] != row["mean_gain"] else f"{row['mean_gain']:+.3f}"
                   + (f" ± {row['sd_gain']:.3f}" if row["sd_gain"] == row["sd_gain"] else ""))
         console.print(f"  {row['trial']}.{row['round']}: gain {row['gain']:+.3f} in the search, {spread} on {row['n']} fresh "
