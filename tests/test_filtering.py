@@ -89,8 +89,9 @@ def test_boilerplate_and_narration_are_caught(text, kind):
 
 
 LABELLED = personas.labelled()
-# (criterion, recall, precision against coherent text) on all 150 texts, a little under what docs/filter.md measures
-FLOORS = [("perplexity", 0.9, 0.7), ("repetition", 0.95, 0.95), ("soup", 0.9, 0.88), ("narration", 0.9, 0.95),
+# (criterion, recall, precision against coherent text) on all 150 texts, a little under what docs/filter.md measures. The gates
+# of perplexity and soup come from sampled completions: other rounding moves a text or two (soup's precision 0.94 or 0.88)
+FLOORS = [("perplexity", 0.9, 0.7), ("repetition", 0.95, 0.95), ("soup", 0.9, 0.85), ("narration", 0.9, 0.95),
           ("refusal", 0.83, 0.95)]
 
 
