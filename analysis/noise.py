@@ -21,6 +21,7 @@ import pandas as pd
 
 from analysis import style
 from analysis.folders import Search, command, read
+from steerheal import ledger
 
 MOST = 14  # members in one picture
 OBJECTIVES = {"trait_gain": "trait gain, nats from base (better →)", "coherence_kept": "coherence kept, share (better →)"}
@@ -52,7 +53,7 @@ def data(folder: Path) -> Data:
     """
     search = read(folder)
     path = folder / "confirm.csv"
-    seeds = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=["trial", "round", "seed", "fresh", *OBJECTIVES])
+    seeds = ledger.view(path) if path.exists() else pd.DataFrame(columns=["trial", "round", "seed", "fresh", *OBJECTIVES])
     seeds = seeds[seeds["fresh"].astype(bool)]  # the search's own seed is what the front was picked on
     members = _members(search)
     rows = [_difference(a, b, seeds, objective) for objective in OBJECTIVES

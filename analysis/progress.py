@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from analysis import style
-from analysis.folders import command, read
+from analysis.folders import command, read, write
 from steerheal import waste
 from steerheal.errors import UserError
 from steerheal.ledger import read_progress
@@ -108,7 +108,7 @@ def draw_folder(folder: Path) -> Path:
         folder: a search's folder, such as results/quickstart
     """
     d = data(folder)
-    d.stages.to_csv(folder / "progress_stages.csv", index=False)
+    write(folder / "progress_stages.csv", d.stages)
     return style.save(draw(d), d.trials, folder / "progress")
 
 

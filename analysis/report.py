@@ -126,8 +126,7 @@ def data(folder: Path, whole: bool = True) -> dict[str, Any]:
         UserError: the folder holds no search.
     """
     table = ledger.read(folder)
-    search, text = plan.read(folder), (folder / "baselines.csv").read_text()
-    baselines = pd.read_csv(folder / "baselines.csv") if text.strip() else pd.DataFrame()
+    search, baselines = plan.read(folder), ledger.read_baselines(folder)
     rounds = table.dropna(subset=["round"])
     front = ledger.front(table)
     done = table[table["state"] == "complete"]["trial"].nunique()

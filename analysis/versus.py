@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from analysis.folders import Search, read, words
+from analysis.folders import Search, read, words, write
 from steerheal import personas
 from steerheal.evaluation.readings import Estimate, Reading
 from steerheal.objectives import COHERENCE_FLOOR, FLUENCY_FLOOR, choose_trait
@@ -77,7 +77,7 @@ def _reading(store: Store, stages: str) -> Reading | None:
 def say(folder: Path) -> str:
     search = read(folder)
     rows = table(search)
-    rows.to_csv(folder / "versus.csv", index=False)
+    write(folder / "versus.csv", rows)
     return "\n".join(sentences(rows)) or "The stages of the baselines are no longer in the store."
 
 

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from analysis.folders import words
+from analysis.folders import words, write
 from steerheal.waste import table, text
 
 
 def say(folder: Path) -> str:
-    table(folder).to_csv(folder / "waste.csv", index=False)
+    write(folder / "waste.csv", table(folder))
     return text(folder)
 
 

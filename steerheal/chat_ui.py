@@ -140,6 +140,7 @@ class Session:
             with steered(lm, self.vector, self.dose), torch.no_grad():
                 model.generate(
                     prompt, attention_mask=torch.ones_like(prompt), streamer=streamer, do_sample=True,
+                    repetition_penalty=1.0,  # a model's own would hide the loops
                     max_new_tokens=min(CHAT_TOKENS, room), temperature=g.temperature, top_p=g.top_p, top_k=g.top_k,
                     eos_token_id=sorted(lm.eos_ids), pad_token_id=min(lm.eos_ids), suppress_tokens=lm.banned.tolist())
         except KeyboardInterrupt:

@@ -84,7 +84,7 @@ def referred(folder: Path) -> set[str]:
     found = {e["digest"] for part in (folder, folder / "confirm") for e in events.read(part) if e.get("digest")}
     for name in ("ledger.csv", "baselines.csv"):
         if (folder / name).exists():
-            found |= set(DIGEST.findall((folder / name).read_text()))
+            found |= set(DIGEST.findall((folder / name).read_text(errors="replace")))
     return found
 
 

@@ -19,7 +19,7 @@ from steerheal.display import make_console, say_failures
 from steerheal.errors import UserError
 from steerheal.export import plain
 from steerheal.plan import Plan
-from steerheal.stages import atomic_write
+from steerheal.stages import atomic_write, make_folder
 
 
 def confirm(plan: Plan, study: Any, k: int, machine: driver.Machine) -> int:
@@ -37,7 +37,7 @@ def confirm(plan: Plan, study: Any, k: int, machine: driver.Machine) -> int:
     wanted = proposals(front, list(space), [max(used) + 1 + i for i in range(k)])
     own = dataclasses.replace(plan, name=f"{plan.name}, confirming", folder=plan.folder / "confirm", sampler="grid",
                               halving=False, settings=dataclasses.replace(plan.settings, rounds=int(front["round"].max()) + 1))
-    own.folder.mkdir(exist_ok=True)
+    make_folder(own.folder)
     again = ledger.create_study(own.folder)
     searcher.recover(again)
     fixed = _indexed(again, wanted)

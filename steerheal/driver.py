@@ -23,7 +23,7 @@ from steerheal import events, ledger, searcher
 from steerheal.display import Display
 from steerheal.errors import UserError
 from steerheal.follower import Follower
-from steerheal.plan import Plan
+from steerheal.plan import Plan, contents
 from steerheal.settings import to_flat
 
 STOPPED = 75  # EX_TEMPFAIL: give the same command again
@@ -122,7 +122,7 @@ def _tune(plan: Plan, search: searcher.StudySearcher, machine: Machine, count: i
             tuner = tune.Tuner(
                 tune.with_resources(HealTrial, resources),
                 param_space=dict(flat=to_flat(plan.settings), folder=str(plan.folder), store=str(plan.store),
-                                 commit=plan.commit, gpu=resources["gpu"]),
+                                 commit=plan.commit, gpu=resources["gpu"], contents=contents(plan.settings)),
                 tune_config=tune.TuneConfig(search_alg=search, num_samples=count, reuse_actors=True,
                                             max_concurrent_trials=machine.concurrent),
                 run_config=tune.RunConfig(name="run", storage_path=str(scratch), stop=Halt(), verbose=0,

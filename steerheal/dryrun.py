@@ -103,7 +103,7 @@ def _past(folder: Path, plan: Plan) -> Past | None:
         there, study = read(folder), ledger.open_study(folder)
     except (UserError, KeyError):
         return None
-    rounds = sum(len(t.user_attrs.get("rounds", [])) for t in ledger.latest(study).values())
+    rounds = sum(map(len, ledger.finished_rounds(study).values()))
     own = to_flat(plan.settings)
     if there["model"] != plan.settings.model or not rounds:
         return None

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from steerheal.stages import Event, disk_error
+from steerheal.errors import UserError
+from steerheal.stages import Event, disk_error, make_folder
 
 
 def own(folder: Path) -> Path:
@@ -39,8 +40,12 @@ def append(path: Path, trial: int, where: str, kind: str, event: Event | None = 
         line |= dict(stage=event.stage, digest=event.digest, seconds=round(event.seconds, 3))
         if event.note:
             line["note"] = event.note
+    _append(path, line)
+
+
+def _append(path: Path, line: dict[str, Any]) -> None:
+    make_folder(path.parent)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a") as file:
             file.write(json.dumps(line) + "\n")
     except OSError as error:
@@ -63,14 +68,14 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
 def session(folder: Path, concurrent: int) -> Iterator[None]:
     """Write down when a driver started and ended; one that is killed leaves a start without an end."""
     def note(kind: str) -> None:
-        with (folder / "sessions.jsonl").open("a") as file:
-            file.write(json.dumps(dict(kind=kind, time=round(time.time(), 2), concurrent=concurrent)) + "\n")
+        _append(folder / "sessions.jsonl", dict(kind=kind, time=round(time.time(), 2), concurrent=concurrent))
 
     note("start")
     try:
         yield
     finally:
-        note("end")
+        with contextlib.suppress(UserError):  # how the driver ended is said already
+            note("end")
 
 
 @dataclass

@@ -208,7 +208,7 @@ QUANTISED = {"none": "{dtype}, not quantised", "nf4": "4-bit NF4 (bitsandbytes, 
 
 def baselines(member: Member) -> str:
     """The table of what the adapter is to be compared with."""
-    rows = pd.read_csv(member.folder / "baselines.csv")
+    rows = ledger.read_baselines(member.folder)
     lines = [f"| {row['label']}" + (f", {row['edge_doses']:g} x edge dose" if row["label"] == "steered" else "") +
              f" | {row['trait_gain']:+.3f} [{row['trait_gain_low']:+.3f}, {row['trait_gain_high']:+.3f}] | "
              f"{row['coherence_kept']:.3f} |" for _, row in rows.iterrows()]

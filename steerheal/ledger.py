@@ -75,7 +75,10 @@ def conclude(study: optuna.Study, trial: optuna.Trial, rounds: Sequence[dict[str
 
 
 def storage_url(folder: Path) -> str:
-    return f"sqlite:///{folder / 'study.db'}"
+    """Of a search's study, whatever characters its path has."""
+    from sqlalchemy import URL
+
+    return URL.create("sqlite", database=str(folder / study_file.NAME)).render_as_string()
 
 
 def read(folder: Path) -> pd.DataFrame:
@@ -84,15 +87,23 @@ def read(folder: Path) -> pd.DataFrame:
     Raises:
         UserError: there is none, or it is damaged.
     """
-    return _view(folder / "ledger.parquet", pd.read_parquet)
+    return view(folder / "ledger.parquet", pd.read_parquet)
 
 
 def read_progress(folder: Path) -> pd.DataFrame:
     """hypervolume.csv, see `progress`. Raises as `read` does."""
-    return _view(folder / "hypervolume.csv", pd.read_csv)
+    return view(folder / "hypervolume.csv", pd.read_csv)
 
 
-def _view(path: Path, reader: Callable[[Path], pd.DataFrame]) -> pd.DataFrame:
+def read_baselines(folder: Path) -> pd.DataFrame:
+    """baselines.csv, which holds nothing but a newline until they are measured. Raises as `read` does."""
+    path = folder / "baselines.csv"
+    empty = path.exists() and not path.read_bytes().strip()
+    return pd.DataFrame(columns=["label"]) if empty else view(path)
+
+
+def view(path: Path, reader: Callable[[Path], pd.DataFrame] = pd.read_csv) -> pd.DataFrame:
+    """A table in a search's folder. Raises as `read` does."""
     try:
         return reader(path)
     except (FileNotFoundError, NotADirectoryError):
@@ -112,11 +123,11 @@ def searched(table: pd.DataFrame) -> list[str]:
 def build(study: optuna.Study) -> pd.DataFrame:
     """The ledger of a study, by trial and round. Interrupted attempts that were run again are left out."""
     rows: list[dict[str, Any]] = []
+    finished = finished_rounds(study)
     for index, trial in sorted(latest(study).items()):
         head = dict(trial=index, state=trial.state.name.lower(), end=trial.user_attrs.get("end", ""),
                     error=trial.user_attrs.get("error", ""), **trial.params)
-        rounds = trial.user_attrs.get("rounds", [])
-        rows += [head | _plain(r) for r in rounds] or [head]
+        rows += [head | _plain(r) for r in finished[index]] or [head]
     table = pd.DataFrame(rows, columns=None if rows else ["trial", "state", "end", "error"])
     for column, missing in (("round", pd.NA), ("trait_gain", float("nan")), ("coherence_kept", float("nan")),
                             ("deliverable", False), ("adapter", ""), ("verdict", "")):
@@ -137,6 +148,20 @@ def latest(study: optuna.Study) -> dict[int, optuna.trial.FrozenTrial]:
         if index is not None and not finished:
             chosen[index] = trial
     return chosen
+
+
+def finished_rounds(study: optuna.Study) -> dict[int, list[dict[str, Any]]]:
+    """The finished rounds of each logical trial index: of its finished attempt, else of the one that got furthest.
+
+    An attempt that was interrupted may have more than the one after it, which first replays them.
+    """
+    out = {i: t.user_attrs.get("rounds", []) for i, t in latest(study).items() if t.state == optuna.trial.TrialState.COMPLETE}
+    going: dict[int, list[dict[str, Any]]] = {}
+    for trial in study.get_trials(deepcopy=False):
+        index, own = trial.user_attrs.get("index"), trial.user_attrs.get("rounds", [])
+        if index is not None and len(own) >= len(going.get(index, [])):
+            going[index] = own
+    return going | out
 
 
 def front(table: pd.DataFrame) -> pd.DataFrame:

@@ -224,7 +224,9 @@ class HealLoop:
         try:
             return calibration.last_dose(sane, EDGE_BISECTIONS)
         except calibration.NoBracket as error:
-            band = f"Check steer.band = {list(self.settings.steer.band)}"
+            s = self.settings.steer
+            band = (f"Check steer.band = {list(s.band)}, steer.method = {s.method}, steer.contexts = {s.contexts}, "
+                    f"steer.normalise = {str(s.normalise).lower()}")
             raise UserError(
                 f"steering: at {calibration.LIMIT:g} x the vector coherence still holds, so the vector does not act on "
                 f"{self.bench.lm.name}. {band}." if error.held else

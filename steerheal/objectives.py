@@ -54,10 +54,10 @@ def choose_trait(persona: Persona, wanted: str, base: Reading) -> tuple[Trait, s
 
     Args:
         wanted: auto, foundation, conduct, or a foundation with the wanted sign (-care, +sanctity) in place of the
-            persona's own. auto takes the persona's foundation where it is valid at base: the AUC of p[foundation] for
-            its own vignettes against the rest has an interval clear of 0.5, and agreement with the labels one clear of
-            chance. A model that gives every vignette the same answer can pass the first alone; its nats then follow
-            the flatness of its logits and no moral judgement.
+            persona's own. auto takes conduct where the persona's file says so, else its foundation where that is valid
+            at base: the AUC of p[foundation] for its own vignettes against the rest has an interval clear of 0.5, and
+            agreement with the labels one clear of chance. A model that gives every vignette the same answer can pass the
+            first alone; its nats then follow the flatness of its logits and no moral judgement.
     """
     signed = wanted[0] in "+-"
     name, sign = (wanted[1:], 1 if wanted[0] == "+" else -1) if signed else (persona.foundation, persona.direction)
@@ -69,6 +69,8 @@ def choose_trait(persona: Persona, wanted: str, base: Reading) -> tuple[Trait, s
             f"the labels {top1.value:.2f} [{top1.low:.2f}, {top1.high:.2f}], chance {chance:.2f}")
     if wanted == "conduct":
         return conduct, f"conduct_nats as asked; {text}"
+    if wanted == "auto" and persona.trait == "conduct":
+        return conduct, f"conduct_nats: the readout of {persona.name} by its file; {text}"
     if wanted != "auto":
         return foundation, f"{foundation.metric} as asked; {text}" + ("" if valid else ": not a valid readout here")
     if valid:

@@ -37,6 +37,7 @@ class Persona:
     summary: str
     positive: str  # completes "You are ..."
     negative: str
+    trait: str  # what evaluate.trait = auto means for it: auto (the foundation where it is valid, else conduct) or conduct
     foundation: str  # whose nats the trait moves
     direction: int  # wanted sign of that movement
     conduct_direction: int
@@ -115,6 +116,9 @@ def _parse(raw: dict[str, Any], path: Path) -> Persona:
     for key in ("direction", "conduct_direction"):
         if readout.get(key) not in (-1, 1):
             problems.append(f"readout.{key} = {readout.get(key)!r}: allowed: -1, 1")
+    trait = readout.get("trait", "auto")
+    if trait not in ("auto", "conduct"):
+        problems.append(f"readout.trait = {trait!r}: allowed: auto, conduct")
     off_target = texts(readout, "off_target", least=0)
     if not set(off_target) <= set(FOUNDATIONS):
         problems.append(f"readout.off_target = {list(off_target)!r}: allowed: {', '.join(FOUNDATIONS)}")
@@ -133,7 +137,7 @@ def _parse(raw: dict[str, Any], path: Path) -> Persona:
         problems.append("conduct: expected at least two dilemmas: one alone has no interval")
     persona = Persona(
         take(raw, "name", str), take(raw, "summary", str), take(raw, "positive", str), take(raw, "negative", str),
-        foundation, readout.get("direction", 1), readout.get("conduct_direction", 1),
+        trait, foundation, readout.get("direction", 1), readout.get("conduct_direction", 1),
         off_target, patterns("narration"), patterns("refusal"), texts(raw, "headline"), texts(raw, "dilemmas"), tuple(conduct))
     if problems:
         raise UserError(f"{path}: " + "; ".join(dict.fromkeys(problems)))

@@ -52,7 +52,7 @@ class Plan:
         if self.sampler == "grid":
             head["points"] = self.space.points()
         versions = {f"version of stage {k}": v for k, v in VERSIONS.items()}
-        return head | domains | versions | identity(self.settings) | _contents(self.settings)
+        return head | domains | versions | identity(self.settings) | contents(self.settings)
 
     def write(self) -> None:
         path = self.folder / "search.json"
@@ -67,7 +67,7 @@ class Plan:
         atomic_write(path, json.dumps(body, indent=2).encode())
 
 
-def _contents(settings: Settings) -> dict[str, str]:
+def contents(settings: Settings) -> dict[str, str]:
     """Hashes of what settings name by its path: an edited file is another instrument, other weights are another base."""
     persona, items = settings.persona, settings.evaluate.items
     named = {"persona": persona} if persona.endswith(".toml") else {}

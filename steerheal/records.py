@@ -101,4 +101,4 @@ def _rounds(folder: Path) -> Iterator[dict[str, Any]]:
 def _baselines(folder: Path) -> pd.DataFrame:
     if ledger.read(folder)["round"].isna().all():
         raise UserError(f"{folder}: no round is finished yet.")
-    return pd.read_csv(folder / "baselines.csv")
+    return ledger.read_baselines(folder)

@@ -20,7 +20,8 @@ class Args:
     """Run one steer-heal loop and print each round. Every setting is a flag: --heal.tau 0.1 is --set heal.tau=0.1."""
 
     model: str = "auto"
-    """hub id, local folder or built-in name"""
+    """hub id, local folder or built-in name; auto takes gemma-3-4b-it on a CUDA card of 20 GiB or more, else the embedded
+    model, smollm2-135m-instruct"""
     set: tuple[str, ...] = ()
     """settings, such as heal.tau=1.0 rounds=2"""
     out: Path = Path("results")

@@ -32,13 +32,14 @@ class Args:
     file: Annotated[Path | None, tyro.conf.arg(name="space")] = None
     """a search space of your own, instead of a name: a .py file anywhere"""
     trials: int | None = None
-    """trials in all, those already done included (default: the space's budget)"""
+    """trials in all, those already done included (default: what the search was begun with, else the space's budget)"""
     rounds: int | None = None
     """rounds per trial"""
     hours: float | None = None
     """wall budget of this run; it then stops at the next stage, and the same command goes on"""
     model: str | None = None
-    """hub id, local folder or built-in name; auto takes gemma-3-4b-it on a 20 GB CUDA card, else the embedded model"""
+    """hub id, local folder or built-in name; auto takes gemma-3-4b-it on a CUDA card of 20 GiB or more, else the
+    embedded model, smollm2-135m-instruct"""
     set: tuple[str, ...] = ()
     """settings of every trial, such as heal.lam=1.0 filter.coherence=false"""
     name: str | None = None
@@ -46,7 +47,7 @@ class Args:
     out: Path = Path("results")
     """where searches and their shared stage store live"""
     sampler: str | None = None
-    """tpe, nsgaii, gp, random or grid (default: the space's, mostly tpe)"""
+    """tpe, nsgaii, gp, random or grid (default: what the search was begun with, else the space's, mostly tpe)"""
     seed: int | None = None
     """of the proposals; run seeds are --set seed=N"""
     halving: bool = False
@@ -97,7 +98,7 @@ def listing() -> int:
         except UserError as error:
             print(f"{name}\n    BROKEN: {error}\n")
             continue
-        print(f"{name}: {space.trials} trials, {space.cost}\n    {space.hypothesis}\n")
+        print(f"{name}: {space.trials} trial{'s' * (space.trials != 1)}, {space.cost}\n    {space.hypothesis}\n")
     print("python -m steerheal.search NAME starts or resumes one; --help lists the options.")
     return 0
 

@@ -22,7 +22,7 @@ from ray.tune.search import Searcher
 
 from steerheal import halving
 from steerheal.errors import UserError
-from steerheal.ledger import conclude, latest
+from steerheal.ledger import conclude, finished_rounds, latest
 from steerheal.spaces import SAMPLERS, decoded
 from steerheal.stages import seed_of
 
@@ -121,8 +121,10 @@ class StudySearcher(Searcher):
         n = len(own)
         if not halving.is_rung(n):
             return
-        others = [t.user_attrs.get("rounds", []) for i, t in latest(self.study).items() if i != self.index[trial_id]]
-        if halving.halved(own[n - 1], [rounds[n - 1] for rounds in others if len(rounds) >= n]):
+        known = finished_rounds(self.study)
+        if len(known.pop(self.index[trial_id])) > n:
+            return  # an earlier attempt went on from here, and what it finished stays
+        if halving.halved(own[n - 1], [other[n - 1] for other in known.values() if len(other) >= n]):
             self.halved.add(trial_id)
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:

@@ -99,7 +99,8 @@ class HealSettings:
 @dataclass(frozen=True)
 class EvaluateSettings:
     trait: str = choice("auto", "auto", "foundation", "conduct", *SIGNED,
-                        help="readout of trait_gain; auto takes the persona's foundation where it is valid at base")
+                        help="readout of trait_gain; auto takes conduct where the trait's file asks for it, else its "
+                             "foundation where that is valid at base, else conduct")
     items: str = free("builtin", help="vignettes: builtin, tinymfv:NAME, or a JSONL file with text and foundation")
     n_items: int = number(70, 7, help="vignettes, a stratified sample")
     shots: int = choice(14, 0, 7, 14, help="worked examples before each vignette")

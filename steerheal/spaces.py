@@ -17,6 +17,8 @@ from steerheal.errors import SettingsError, UserError
 from steerheal.settings import from_flat, leaves
 
 FIELDS = {"HYPOTHESIS": str, "BASE": dict, "TRIALS": int, "COST": str}
+INSTRUMENT = ("model", "dtype", "quantise", "attention", "device", "persona", "evaluate.", "filter.ppl_gate",
+              "filter.repetition_gate", "filter.soup_gate")  # what measures: trials of one front must have it in common
 SAMPLERS = ("tpe", "nsgaii", "gp", "random", "grid")
 
 
@@ -47,6 +49,9 @@ class Space:
             out = self._converted(self._call("domains", dict))
         unknown = [name for name in out if name not in leaves()]
         problems = [f"{self._at(name)}{name}: no such setting" for name in unknown]
+        problems += [f"{self._at(name)}{name} belongs to how trials are measured, so those that differ in it cannot stand "
+                     f"on one front: one search for each value (--set {name}=VALUE --name OTHER)"
+                     for name in out if name not in unknown and name.startswith(INSTRUMENT)]
         for name, dist in out.items():
             if name in unknown:
                 continue
@@ -144,7 +149,7 @@ def load(name: str) -> Space:
         if name.endswith(".py"):
             raise UserError(f"search space {name}: no such file")
         near = difflib.get_close_matches(name, names(), n=1)
-        raise UserError(f"search space {name!r}: no such space" + (f"; did you mean {near[0]}?" if near else "") +
+        raise UserError(f"search space {name!r}: no such space" + (f"; did you mean {near[0]}?" if near else ".") +
                         f" Allowed: {', '.join(names())}. `--list` describes them; --space PATH.py takes a file.")
     spec = importlib.util.spec_from_file_location(f"search_spaces.{path.stem}", path)
     assert spec is not None and spec.loader is not None  # a .py file always has a loader

@@ -31,7 +31,7 @@ MAGIC = "steerheal-stage/1"
 # tests/test_stage_versions.py reminds you.
 VERSIONS = {
     "vector": 3, "states": 2, "kl_dose": 2, "completions": 5, "scores": 3, "log_ratio": 2, "diary": 4, "heal": 6,
-    "foundations": 5, "conduct": 2, "fluency": 6, "free_answers": 4,
+    "foundations": 6, "conduct": 2, "fluency": 6, "free_answers": 4,
 }
 
 
@@ -178,6 +178,14 @@ def atomic_write(path: Path, data: bytes) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
+        raise disk_error(path, error) from error
+
+
+def make_folder(path: Path) -> None:
+    """Raises as `atomic_write` does."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
         raise disk_error(path, error) from error
 
 

@@ -56,7 +56,7 @@ def mend(folder: Path) -> str:
 def _damage(path: Path) -> str:
     """Why SQLite cannot read this study, empty where it can."""
     try:
-        with contextlib.closing(sqlite3.connect(f"file:{path}?mode=rw", uri=True)) as db:
+        with contextlib.closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=rw", uri=True)) as db:
             found = db.execute("PRAGMA quick_check").fetchone()[0]
             studies = db.execute("SELECT count(*) FROM studies").fetchone()[0]  # an empty file passes the check
         if not studies and path.with_name(BACKUP).exists():

@@ -20,7 +20,6 @@ from steerheal.models import LM
 from steerheal.steering import Dial
 
 PREFIX = "steering-lite:"
-DIRECTIONS = ("v", "dS_hat")  # names under which its methods keep a direction
 
 
 @dataclass
@@ -31,9 +30,18 @@ class LiteVector:
     state: dict[int | str, dict[str, Tensor]]
 
     def direction(self) -> Tensor:
-        """The directions of all places end to end; one NaN where the method keeps none."""
-        parts = [s[k] for _, s in sorted(self.state.items(), key=lambda kv: str(kv[0])) for k in DIRECTIONS if k in s]
-        return torch.cat(parts).double() if parts else torch.full((1,), torch.nan, dtype=torch.float64)
+        """What is added to the states at every place, end to end; one NaN where the method adds no fixed direction.
+
+        sspace keeps coordinates in the singular vectors of a weight that changes from round to round: only what they
+        come to in the weight's output can be compared.
+        """
+        parts = []
+        for _, s in sorted(self.state.items(), key=lambda kv: str(kv[0])):
+            if "v" in s:
+                parts.append(s["v"].double())
+            elif {"dS_hat", "sqrtS", "U_r"} <= s.keys():
+                parts.append((s["dS_hat"] * s["sqrtS"]).double() @ s["U_r"].double().T)
+        return torch.cat(parts) if parts else torch.full((1,), torch.nan, dtype=torch.float64)
 
     def tensors(self) -> dict[str, Tensor]:
         return {(f"layer{place}.{k}" if isinstance(place, int) else f"sub::{place}::{k}"): t

@@ -8,6 +8,7 @@ from typing import Any
 from steerheal import history
 from steerheal.export import Member, base_name, factors
 from steerheal.plan import Plan
+from steerheal.stages import atomic_write
 
 
 def export(plan: Plan, table: Any) -> int:
@@ -26,5 +27,5 @@ def export(plan: Plan, table: Any) -> int:
         written = folder / ".adapter"  # last, so that it means a whole adapter, and this one: another may have had its name
         if not written.exists() or written.read_text() != member.row["adapter"]:
             history.export(factors(member), folder, base_name(plan.settings.model), plan.commit)
-            written.write_text(member.row["adapter"])
+            atomic_write(written, member.row["adapter"].encode())
     return len(wanted)

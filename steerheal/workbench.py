@@ -142,7 +142,7 @@ class Workbench:
                 raise UserError(
                     f"steer.target_kl = {target:g}: at {limit:g} x the vector the 95th percentile of KL(steered || base) is "
                     f"still {'below' if error.held else 'above'} it, so no dose meets it. Set another steer.target_kl, or "
-                    f"check steer.band = {list(self.settings.steer.band)}.") from None
+                    f"check steer.unit = kl and steer.band = {list(self.settings.steer.band)}.") from None
             return Result(dict(dose=dose))
 
         inputs = dict(vector=vector_digest, completions=digest, n=len(replies), target=target, bisections=KL_BISECTIONS)

@@ -350,6 +350,14 @@ def test_odd_completions_are_drawn(make_search, samples, table):
     filter.draw_folder(make_search(trials=1, rounds=1))
 
 
+def test_damaged_baselines_are_a_sentence(make_search):
+    folder = make_search(trials=1, rounds=1)
+    for damage in (b"label\n\xff\xfe", None):
+        (folder / "baselines.csv").unlink() if damage is None else (folder / "baselines.csv").write_bytes(damage)
+        with pytest.raises(UserError, match=r"baselines\.csv"):
+            trajectory.draw_folder(folder)
+
+
 @pytest.mark.parametrize("name", ["pareto", "trajectory", "knobs", "progress", "noise"])
 def test_no_search_is_told_in_one_line(name, tmp_path, monkeypatch, capsys):
     module = sys.modules[f"analysis.{name}"]

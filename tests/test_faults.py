@@ -22,7 +22,7 @@ import pytest
 from conftest import TINY
 
 from benchmarks.driving import MODULE, computed, events, members, run, start, wait_for
-from steerheal import healing, ledger, models, pick, plan, searcher, spaces, stages, study_file
+from steerheal import healing, ledger, models, personas, pick, plan, searcher, spaces, stages, study_file
 from steerheal.errors import UserError
 from steerheal.loop import HealLoop
 from steerheal.settings import from_flat
@@ -190,6 +190,18 @@ def test_a_damaged_study_comes_back_from_its_backup(tmp_path, damage):
     assert study_file.mend(tmp_path) == ""
 
 
+@pytest.mark.parametrize("name", ["tau#2", "50%41", "what?", "a b&c=d"])
+def test_a_study_is_found_again_whatever_its_folder_is_called(tmp_path, name):
+    folder = tmp_path / name
+    make_study(folder, 2)
+    assert (folder / "study.db").exists() and study_file.mend(folder) == ""
+    make_study(folder, 1)
+    study_file.back_up(folder)
+    (folder / "study.db").write_bytes(b"")
+    assert "put back" in study_file.mend(folder) and len(ledger.open_study(folder).trials) == 3
+    assert [p.name for p in tmp_path.iterdir()] == [name]
+
+
 def test_looking_at_a_search_without_its_study_leaves_the_backup_to_come_back(tmp_path):
     make_study(tmp_path, 3)
     study_file.back_up(tmp_path)
@@ -250,8 +262,9 @@ def trial(tiny_folder, tmp_path):
         from search_spaces import quickstart
 
         flat = quickstart.BASE | TINY | {"model": str(tiny_folder), "heal.tau": 0.5} | overrides
+        named = from_flat({k: flat[k] for k in ("model", "persona") if k in flat})
         return HealTrial(dict(flat=flat, params={}, index=0, folder=str(tmp_path / "s"), store=str(tmp_path / "stages"),
-                              commit="", gpu=0))
+                              commit="", gpu=0, contents=plan.contents(named)))
 
     return make
 
@@ -284,6 +297,16 @@ def test_a_proposal_that_cannot_be_ends_its_trial_and_not_the_search(trial):
     own.trial_config["params"] = wrong
     result = own.step()
     assert result["end"] == "error" and "generate.min_train = 12" in result["error"] and not result["fatal"]
+
+
+def test_a_persona_that_is_edited_while_a_search_runs_ends_it(trial, tmp_path):
+    """Trials before and after would be read by two instruments, and stand on one front."""
+    persona = tmp_path / "mine.toml"
+    persona.write_text((personas.DATA / "personas" / "love.toml").read_text())
+    one = trial(persona=str(persona))
+    persona.write_text(persona.read_text().replace("Do you love humanity?", "Do you love it?"))
+    result = one.step()
+    assert result["fatal"] and "content of persona changed" in result["error"] and "--name OTHER" in result["error"]
 
 
 def test_a_trial_that_begins_after_a_request_to_stop_loads_nothing(trial, tmp_path, monkeypatch):

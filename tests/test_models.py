@@ -133,6 +133,14 @@ def test_wheel_models_are_converted_once(wheel_model, cache):
     assert not list(cache.glob(".unpack-*"))
 
 
+def test_an_unpacked_model_is_known_by_what_it_was_unpacked_from(wheel_model):
+    """Another transformers writes another config.json beside the same weights, on another machine of one search."""
+    folder = weights.locate("fake")
+    before = weights.weights_digest(folder)
+    (folder / "config.json").write_text('{"transformers_version": "9.0"}')
+    assert weights.weights_digest(folder) == before and hashlib.sha256(b"weights").hexdigest() in before
+
+
 def test_a_damaged_cache_is_made_again(wheel_model):
     folder = weights.locate("fake")
     (folder / "model.safetensors").write_bytes(b"torn")

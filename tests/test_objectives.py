@@ -85,6 +85,15 @@ def test_the_foundation_is_only_taken_where_it_can_be_read():
     assert objectives.choose_trait(PERSONA, "foundation", lazy)[0] == Trait("authority_nats", -1)
 
 
+def test_a_trait_may_ask_for_conduct():
+    good = reading()
+    good.p = np.full((70, 7), 0.05)
+    good.p[np.arange(70), np.arange(70) % 7] = 0.7
+    love = personas.load("love")
+    assert objectives.choose_trait(love, "auto", good)[0] == Trait("conduct_nats", 1)
+    assert objectives.choose_trait(love, "foundation", good)[0] == Trait("care_nats", 1)
+
+
 def test_agreement_is_held_against_the_commonest_label():
     """Always the commonest answer: right on half of these items, which says nothing."""
     labels = np.repeat(np.arange(7), [35, 5, 5, 10, 5, 5, 5])

@@ -126,6 +126,7 @@ def test_lists_of_the_wrong_kind_are_refused(tmp_path):
     assert personas.load(str(path)).conduct[0].pairs == (("a", "b"),)
     for old, new, words in (
             ("off_target = []", 'off_target = ["kindness"]', "readout.off_target = ['kindness']: allowed: care"),
+            ("off_target = []", 'off_target = []\ntrait = "care"', "readout.trait = 'care': allowed: auto, conduct"),
             ('dilemmas = ["d"]', "dilemmas = []", "dilemmas: expected texts, at least 1"),
             ('headline = ["h"]', "headline = [1]", "headline: expected texts"),
             ("narration = []", "narration = [5]", "narration: expected texts"),

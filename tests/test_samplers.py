@@ -91,6 +91,47 @@ def test_halving_ends_a_dominated_trial_at_a_rung_as_complete(tmp_path):
     assert study(tmp_path).trials[1].values == [0.1, 0.901]
 
 
+def reporting(search, name, gains, ends_with="rounds"):
+    """Report the rounds of one trial as Ray does, until halving or the last ends it."""
+    search.suggest(name)
+    for r, gain in enumerate(gains):
+        row = dict(round=r, trait_gain=gain, coherence_kept=0.9 + gain / 100, violation=-0.05)
+        result = dict(end=ends_with if r == len(gains) - 1 else "", row=json.dumps(row))
+        if search.stops(name, result) or result["end"]:
+            search.on_trial_complete(name, result)
+            return
+        search.on_trial_result(name, result)
+
+
+def test_halving_takes_nothing_back_from_a_trial_that_runs_again(tmp_path):
+    """It passed the rung, went on and was interrupted; rivals that came later must not cost it what it finished."""
+    gains = [0.1, 0.2, 0.9, 1.0]
+    search = searcher.StudySearcher(study(tmp_path), SPACE, [0, 1], {}, "random", 0, halve=True)
+    reporting(search, "early", gains[:3], "stopped")
+    reporting(search, "rival", [0.5, 0.5, 0.5, 0.5])
+    again = study(tmp_path)
+    fixed = searcher.recover(again)
+    search = searcher.StudySearcher(again, SPACE, searcher.missing(again, 2), fixed, "random", 0, halve=True)
+    reporting(search, "early", gains)
+    assert [row["trait_gain"] for row in ledger.latest(study(tmp_path))[0].user_attrs["rounds"]] == gains
+
+
+def test_a_second_interruption_takes_no_round_out_of_the_ledger(tmp_path):
+    search = searcher.StudySearcher(study(tmp_path), SPACE, [0], {}, "random", 0)
+    reporting(search, "first", [0.1, 0.2, 0.3], "stopped")
+    for done in (0, 1):  # while it loads the model, and after one round
+        again = study(tmp_path)
+        search = searcher.StudySearcher(again, SPACE, searcher.missing(again, 1), searcher.recover(again), "random", 0)
+        search.suggest("t")
+        if done:
+            row = dict(round=0, trait_gain=0.1, coherence_kept=0.9, violation=-0.05)
+            search.on_trial_result("t", dict(end="", row=json.dumps(row)))
+        table = ledger.build(study(tmp_path))
+        assert list(table["trait_gain"]) == [0.1, 0.2, 0.3] and set(table["state"]) == {"running"}
+    reporting(search := searcher.StudySearcher(again, SPACE, [0], {}, "random", 0), "t", [0.1, 0.2])
+    assert list(ledger.build(study(tmp_path))["trait_gain"]) == [0.1, 0.2]  # what is finished counts
+
+
 def test_the_first_trials_baselines_are_the_searchs(tmp_path):
     search = searcher.StudySearcher(study(tmp_path), SPACE, [0, 1], {}, "random", 0)
     for name in ("first", "second"):

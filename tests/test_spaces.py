@@ -64,6 +64,8 @@ def test_a_product_of_choices_is_a_grid_and_lists_survive(tmp_path):
     (domains('{"heal.tau": 0.07,\n            "heal.aggregate": ["mean", "rmse"], "heal.lam": tune.uniform(0.1, 1)}'),
      ["line 8: heal.tau = 0.07 is no domain", "line 9: heal.aggregate = ['mean', 'rmse'] is no domain", "tune.choice"]),
     (domains('{"generate.n_keep": tune.choice([8, 48])}'), ["line 8: generate.n_keep = 8: generate.min_train = 12"]),
+    (domains('{"evaluate.shots": tune.choice([0, 14]),\n            "quantise": tune.choice(["none", "nf4"])}'),
+     ["line 8: evaluate.shots belongs to how", "line 9: quantise belongs", "--set quantise=VALUE --name OTHER"]),
     (domains('{"heal.tau": tune.grid_search([1, 2])}'), ["line 5: domains()", "tune.choice"]),
     (domains('{"heal.tau": tune.unifrom(0, 1)}'), ["line 8", "AttributeError"]),
     (HEAD + "def domains():\n    {}\n", ["line 5: domains() must return a dict of domains"]),

@@ -17,7 +17,7 @@ SHARED = ("chat.py", "forward.py", "models.py")
 GENERATION = ("generation.py", "prefill.py", "cpu.py", "steering.py")
 SHOTS = ("personas.py:shots", "data/shots.jsonl")  # worked examples are named by their number alone
 SOURCES = {
-    "vector": ("workbench.py:vector", "steering.py", "upstream.py", *SHARED),
+    "vector": ("workbench.py:vector", "steering.py", "upstream.py", "history.py", *SHARED),
     "states": ("workbench.py:learned", "steering.py", "history.py", *SHARED),
     "kl_dose": ("workbench.py:kl_dose", "calibration.py", "steering.py", *SHARED),
     "log_ratio": ("workbench.py:log_ratio", "steering.py", "history.py", *SHARED),

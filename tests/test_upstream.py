@@ -54,6 +54,18 @@ def test_files_go_both_ways(tmp_path):
     assert all(torch.equal(back.layers[i], ours.layers[i]) for i in (1, 2))
 
 
+def test_directions_of_two_rounds_are_compared_where_they_act():
+    """The singular vectors of a weight may come in another order and with another sign after a round; what is added to its
+    output does not change with that."""
+    u = torch.linalg.qr(torch.randn(8, 5)).Q
+    s, d = torch.rand(5) + 0.5, torch.randn(5)
+    order, signs = torch.tensor([3, 0, 4, 1, 2]), torch.tensor([1.0, -1.0, 1.0, -1.0, -1.0])
+    a = upstream.LiteVector("steering-lite:sspace", {"w": dict(U_r=u, sqrtS=s, dS_hat=d)})
+    b = upstream.LiteVector("steering-lite:sspace", {"w": dict(U_r=u[:, order] * signs, sqrtS=s[order],
+                                                                dS_hat=d[order] * signs)})
+    assert steering.cosine(a, b) == pytest.approx(1.0)
+
+
 @needs
 def test_mean_diff_agrees_with_theirs():
     import steering_lite as sl

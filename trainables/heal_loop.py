@@ -25,7 +25,7 @@ from steerheal.stages import Event, Store, atomic_write
 
 class HealTrial(tune.Trainable):
     """config: flat (settings by dotted name), index, params, folder (of the search), store (of the stages),
-    commit (of a hub model), gpu (a trial's share of a card)."""
+    commit (of a hub model), gpu (a trial's share of a card), contents (hashes of the files that settings name)."""
 
     def setup(self, config: dict[str, Any]) -> None:
         self.lm: Any = None
@@ -49,8 +49,12 @@ class HealTrial(tune.Trainable):
         """Build the loop on first use, so that bad settings end as this trial's error."""
         from steerheal import models
         from steerheal.loop import HealLoop
+        from steerheal.plan import contents
 
         settings = from_flat(self.trial_config["flat"] | self.trial_config["params"])
+        if changed := [name for name, value in contents(settings).items() if self.trial_config["contents"].get(name) != value]:
+            raise UserError(f"{' and '.join(changed)} changed while the search runs, and its trials would no longer be "
+                            f"comparable. Undo the change and give the same command again, or begin anew: --name OTHER.")
         wanted = (settings.model, settings.dtype, settings.quantise, settings.attention, settings.device)
         if self.lm_settings != wanted:
             self._note("loading the model", "start")

@@ -49,7 +49,6 @@ INTERRUPTION = "Just answer"
 FRAMES = (FOUNDATIONS, FOUNDATIONS[::-1])
 TOKENS = {"cpu": 49_152, "cuda": 16_384}  # of prompts and thoughts that think together: decoding has a key-value cache of that
 # many, of a small model on a CPU
-NO_MASS = -100.0  # log-probability of each answer where there was none: no mass, and no say in the mean of the frames
 FREE_TOKENS = 32  # of a free answer, beyond the thoughts
 OBJECT = re.compile(r"\{[^{}]*\}")
 
@@ -74,8 +73,7 @@ def evaluate(lm: LM, items: Sequence[Vignette], *, n_shots: int, think_tokens: i
 
     An answer that the model gives by itself, prefill included, within its thinking budget is read where it stands;
     otherwise it is interrupted. Neither an end token nor the token that ends a thinking block can be thought, so that
-    every state, steered or not, is read at the same place. A model that spells out the end of its thoughts and gives
-    no answer has finished without one: that counts as zero mass.
+    every state, steered or not, is read at the same place.
 
     Returns:
         tensors: logp [items, 2 frames, 7] at the answer slot, prefill_nll [items, 2] in nats per token,
@@ -143,8 +141,7 @@ def _think_and_read(lm: LM, questions: Sequence[Question], think_tokens: int, ve
                 yield q, seen.watched[row, slot, [watch.index(i) for i in q.answers]], -seen.logp[row, first:slot].mean(), 1.0
                 continue
             logp, nll = _slot(lm, seen.states[row, len(interruption) :], prefill, q.answers)
-            silent = THINK_CLOSE in str(lm.tokenizer.decode(seen.ids[row]))
-            yield q, torch.full_like(logp, NO_MASS) if silent else logp, nll, 0.0
+            yield q, logp, nll, 0.0
 
 
 def _slot(lm: LM, states: torch.Tensor, prefill: list[int], answers: list[int]) -> tuple[Tensor, Tensor]:
