@@ -13,7 +13,6 @@ import pandas as pd
 from steerheal import ledger, plan
 from steerheal.cli import run_main
 from steerheal.errors import UserError
-from steerheal.stages import atomic_write
 
 # read from ledger and baselines as numbers; where a ledger lacks one it is NaN, and the figure says what is missing
 NUMBERS = ("trait_gain", "trait_gain_low", "trait_gain_high", "coherence", "coherence_low", "coherence_high",
@@ -78,11 +77,6 @@ def read(folder: Path) -> Search:
         for column in NUMBERS:
             frame[column] = pd.to_numeric(frame.get(column, float("nan")))
     return Search(folder, table, baselines)
-
-
-def write(path: Path, frame: pd.DataFrame) -> None:
-    """Write a table beside a figure; raises as `atomic_write` does."""
-    atomic_write(path, frame.to_csv(index=False).encode())
 
 
 def count(n: int, noun: str) -> str:

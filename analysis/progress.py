@@ -14,10 +14,10 @@ import numpy as np
 import pandas as pd
 
 from analysis import style
-from analysis.folders import command, read, write
+from analysis.folders import command, read
 from steerheal import waste
 from steerheal.errors import UserError
-from steerheal.ledger import read_progress
+from steerheal.ledger import read_progress, write_csv
 
 STAGE_NAMES = {"completions": "generate", "scores": "filter", "vector": "extract"}  # the loop's words for stages
 
@@ -108,7 +108,7 @@ def draw_folder(folder: Path) -> Path:
         folder: a search's folder, such as results/quickstart
     """
     d = data(folder)
-    write(folder / "progress_stages.csv", d.stages)
+    write_csv(folder / "progress_stages.csv", d.stages)
     return style.save(draw(d), d.trials, folder / "progress")
 
 

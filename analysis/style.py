@@ -18,6 +18,7 @@ import pandas as pd
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import LogLocator
 
+from steerheal.ledger import write_csv
 from steerheal.stages import atomic_write
 
 BLUE, ORANGE, GREEN, GREY, BLACK = "#0072B2", "#D55E00", "#009E73", "#9A9A9A", "#1A1A1A"
@@ -37,7 +38,7 @@ plt.rcParams.update({
 
 def save(figure: plt.Figure, drawn: pd.DataFrame, path: Path) -> Path:
     """Write PATH.png, PATH.svg, and PATH.csv with what they show, each appearing whole; PATH."""
-    atomic_write(path.with_name(f"{path.name}.csv"), drawn.to_csv(index=False).encode())
+    write_csv(path.with_name(f"{path.name}.csv"), drawn)
     for kind, metadata in (("png", None), ("svg", {"Date": None})):
         buffer = io.BytesIO()
         figure.savefig(buffer, format=kind, bbox_inches="tight", facecolor="white", metadata=metadata)

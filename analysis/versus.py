@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pandas as pd
 
-from analysis.folders import Search, read, words, write
+from analysis.folders import Search, read, words
 from steerheal import personas
 from steerheal.evaluation.readings import Estimate, Reading
+from steerheal.ledger import write_csv
 from steerheal.objectives import COHERENCE_FLOOR, FLUENCY_FLOOR, choose_trait
 from steerheal.stages import Store, store_beside
 
@@ -77,7 +78,7 @@ def _reading(store: Store, stages: str) -> Reading | None:
 def say(folder: Path) -> str:
     search = read(folder)
     rows = table(search)
-    write(folder / "versus.csv", rows)
+    write_csv(folder / "versus.csv", rows)
     return "\n".join(sentences(rows)) or "The stages of the baselines are no longer in the store."
 
 

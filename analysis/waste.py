@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from analysis.folders import words, write
+from analysis.folders import words
+from steerheal.ledger import write_csv
 from steerheal.waste import table, text
 
 
 def say(folder: Path) -> str:
-    write(folder / "waste.csv", table(folder))
+    write_csv(folder / "waste.csv", table(folder))
     return text(folder)
 
 

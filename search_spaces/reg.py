@@ -9,7 +9,7 @@ ARMS = [
     NLL,
     NLL | {"heal.barrier": "kl_rev"},
     NLL | {"heal.barrier": "kl_fwd"},
-    NLL | {"heal.weight_decay": 300.0},  # AdamW shrinks by lr * decay a step: with so few steps anything below 100 is nll
+    NLL | {"heal.weight_decay": 300.0},  # AdamW shrinks by lr * decay a step, and the steps are few: at 0.1 this is nll
     NLL | {"heal.spectral_lam": 30.0},
     NLL | {"heal.barrier": "kl_rev", "filter.coherence": False},
     NLL | {"filter.coherence": False},

@@ -19,7 +19,7 @@ from steerheal.display import make_console, say_failures
 from steerheal.errors import UserError
 from steerheal.export import plain
 from steerheal.plan import Plan
-from steerheal.stages import atomic_write, make_folder
+from steerheal.stages import make_folder
 
 
 def confirm(plan: Plan, study: Any, k: int, machine: driver.Machine) -> int:
@@ -48,7 +48,7 @@ def confirm(plan: Plan, study: Any, k: int, machine: driver.Machine) -> int:
     else:
         ended = driver.Ended("", "nothing to compute: every seed has run")
     found = results(front, list(space), plan.settings.seed, again)
-    atomic_write(plan.folder / "confirm.csv", found.to_csv(index=False).encode())
+    ledger.write_csv(plan.folder / "confirm.csv", found)
     left = [i for i in searcher.missing(again, len(fixed)) if fixed[i] in wanted]
     return _report(plan.folder, found, ledger.build(again), left, ended)
 

@@ -155,13 +155,13 @@ def finished_rounds(study: optuna.Study) -> dict[int, list[dict[str, Any]]]:
 
     An attempt that was interrupted may have more than the one after it, which first replays them.
     """
-    out = {i: t.user_attrs.get("rounds", []) for i, t in latest(study).items() if t.state == optuna.trial.TrialState.COMPLETE}
-    going: dict[int, list[dict[str, Any]]] = {}
+    counts = latest(study)
+    out = {index: trial.user_attrs.get("rounds", []) for index, trial in counts.items()}
     for trial in study.get_trials(deepcopy=False):
         index, own = trial.user_attrs.get("index"), trial.user_attrs.get("rounds", [])
-        if index is not None and len(own) >= len(going.get(index, [])):
-            going[index] = own
-    return going | out
+        if index in out and counts[index].state != optuna.trial.TrialState.COMPLETE and len(own) > len(out[index]):
+            out[index] = own
+    return out
 
 
 def front(table: pd.DataFrame) -> pd.DataFrame:
@@ -208,11 +208,16 @@ def write(study: optuna.Study, folder: Path) -> pd.DataFrame:
     baselines = pd.DataFrame(study.user_attrs.get("baselines", []))
     for name, frame in (("ledger", table), ("front", front(table)), ("baselines", baselines),
                         ("hypervolume", progress(study, table))):
-        atomic_write(folder / f"{name}.csv", frame.to_csv(index=False).encode())
+        write_csv(folder / f"{name}.csv", frame)
     buffer = io.BytesIO()
     table.to_parquet(buffer, index=False)
     atomic_write(folder / "ledger.parquet", buffer.getvalue())  # last: where it is, the others are too
     return table
+
+
+def write_csv(path: Path, table: pd.DataFrame) -> None:
+    """Write one table; raises as `atomic_write` does."""
+    atomic_write(path, table.to_csv(index=False).encode())
 
 
 def _plain(row: dict[str, Any]) -> dict[str, Any]:

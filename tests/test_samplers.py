@@ -75,22 +75,6 @@ def test_a_grids_points_are_proposed_as_they_are(tmp_path):
     assert drive(tmp_path, "grid", list(range(4)), dict(enumerate(points))) == dict(enumerate(points))
 
 
-def test_halving_ends_a_dominated_trial_at_a_rung_as_complete(tmp_path):
-    search = searcher.StudySearcher(study(tmp_path), SPACE, [0, 1], {}, "random", 0, halve=True)
-    for name, gain in (("good", 1.0), ("bad", 0.1)):
-        search.suggest(name)
-        for r in range(4):
-            row = dict(round=r, trait_gain=gain, coherence_kept=0.9 + gain / 100, violation=-0.05)
-            result = dict(end="rounds" if r == 3 else "", row=json.dumps(row))
-            if search.stops(name, result) or result["end"]:
-                search.on_trial_complete(name, result)
-                break
-            search.on_trial_result(name, result)
-    ends = [(t.state.name, t.user_attrs["end"], len(t.user_attrs["rounds"])) for t in study(tmp_path).trials]
-    assert ends == [("COMPLETE", "rounds", 4), ("COMPLETE", "halved", 2)]
-    assert study(tmp_path).trials[1].values == [0.1, 0.901]
-
-
 def reporting(search, name, gains, ends_with="rounds"):
     """Report the rounds of one trial as Ray does, until halving or the last ends it."""
     search.suggest(name)
@@ -101,6 +85,15 @@ def reporting(search, name, gains, ends_with="rounds"):
             search.on_trial_complete(name, result)
             return
         search.on_trial_result(name, result)
+
+
+def test_halving_ends_a_dominated_trial_at_a_rung_as_complete(tmp_path):
+    search = searcher.StudySearcher(study(tmp_path), SPACE, [0, 1], {}, "random", 0, halve=True)
+    reporting(search, "good", [1.0] * 4)
+    reporting(search, "bad", [0.1] * 4)
+    ends = [(t.state.name, t.user_attrs["end"], len(t.user_attrs["rounds"])) for t in study(tmp_path).trials]
+    assert ends == [("COMPLETE", "rounds", 4), ("COMPLETE", "halved", 2)]
+    assert study(tmp_path).trials[1].values == [0.1, 0.901]
 
 
 def test_halving_takes_nothing_back_from_a_trial_that_runs_again(tmp_path):
