@@ -29,7 +29,7 @@ SMALL = 9.0  # points
 HALO = [withStroke(linewidth=2.5, foreground="white")]  # of words written over lines
 
 plt.rcParams.update({
-    "figure.dpi": 100, "savefig.dpi": 160, "font.size": 10.5, "axes.titlesize": 11.5, "axes.titleweight": "bold",
+    "figure.dpi": 160, "font.size": 10.5, "axes.titlesize": 11.5, "axes.titleweight": "bold",
     "axes.titlelocation": "left", "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": DARK,
     "axes.grid": True, "grid.color": "#E6E6E6", "grid.linewidth": 0.8, "axes.axisbelow": True, "svg.hashsalt": "steerheal",
     "axes.formatter.useoffset": False, "text.parse_math": False,  # names and generated text may hold dollars
@@ -39,9 +39,13 @@ plt.rcParams.update({
 def save(figure: plt.Figure, drawn: pd.DataFrame, path: Path) -> Path:
     """Write PATH.png, PATH.svg, and PATH.csv with what they show, each appearing whole; PATH."""
     write_csv(path.with_name(f"{path.name}.csv"), drawn)
+    if figure.get_layout_engine():
+        settle(figure)
+    # one layout and one box for both kinds: with "tight" each would draw the figure once more to find its own
+    box = figure.get_tightbbox().padded(plt.rcParams["savefig.pad_inches"])
     for kind, metadata in (("png", None), ("svg", {"Date": None})):
         buffer = io.BytesIO()
-        figure.savefig(buffer, format=kind, bbox_inches="tight", facecolor="white", metadata=metadata)
+        figure.savefig(buffer, format=kind, bbox_inches=box, facecolor="white", metadata=metadata)
         atomic_write(path.with_name(f"{path.name}.{kind}"), buffer.getvalue())
     plt.close(figure)
     return path
@@ -102,7 +106,7 @@ def scatter(axes: plt.Axes, x: Sequence[float], y: Sequence[float], **look: obje
 def settle(figure: plt.Figure) -> None:
     """Lay the figure out once and for all, so that places on the page are known."""
     figure.draw_without_rendering()
-    figure.set_layout_engine("none")
+    figure.set_layout_engine(None)
 
 
 def place_labels(axes: plt.Axes, labels: Sequence[tuple[float, float, str, str]],
@@ -123,7 +127,7 @@ def place_labels(axes: plt.Axes, labels: Sequence[tuple[float, float, str, str]]
             va = "center" if abs(dy) < 1 else "bottom" if dy > 0 else "top"
             written = axes.annotate(text, (x, y), (dx, dy), textcoords="offset points", ha=ha, va=va, fontsize=SMALL,
                                     color=colour, zorder=6, path_effects=HALO)
-            box = written.get_window_extent().expanded(1.04, 1.05)
+            box = written.get_window_extent().padded(9, 3)  # pixels, so that two labels do not read as one
             inside = frame.x0 <= box.x0 and box.x1 <= frame.x1 and frame.y0 <= box.y0 and box.y1 <= frame.y1
             if inside and not any(box.overlaps(other) for other in taken) and not any(box.contains(*s) for s in spots):
                 taken.append(box)
