@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from typing import Any
 
-from steerheal import history
 from steerheal.export import Member, base_name, factors
 from steerheal.plan import Plan
 from steerheal.stages import atomic_write
@@ -26,6 +25,8 @@ def export(plan: Plan, table: Any) -> int:
     for folder, member in wanted.items():
         written = folder / ".adapter"  # last, so that it means a whole adapter, and this one: another may have had its name
         if not written.exists() or written.read_text() != member.row["adapter"]:
+            from steerheal import history  # torch and PEFT take seconds to load, and mostly there is nothing to write
+
             history.export(factors(member), folder, base_name(plan.settings.model), plan.commit)
             atomic_write(written, member.row["adapter"].encode())
     return len(wanted)
