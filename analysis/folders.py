@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,10 +14,13 @@ import pandas as pd
 from steerheal import ledger, plan
 from steerheal.cli import run_main
 from steerheal.errors import UserError
+from steerheal.evaluation.readings import Reading
+from steerheal.stages import Store
 
 # read from ledger and baselines as numbers; where a ledger lacks one it is NaN, and the figure says what is missing
 NUMBERS = ("trait_gain", "trait_gain_low", "trait_gain_high", "coherence", "coherence_low", "coherence_high",
-           "coherence_kept", "steered_gain", "steered_gain_low", "steered_gain_high", "steered_coherence",
+           "coherence_kept", "coherence_kept_low", "coherence_kept_high",
+           "steered_gain", "steered_gain_low", "steered_gain_high", "steered_coherence",
            "steered_coherence_low", "steered_coherence_high", "authority_nats", "care_nats", "steered_authority_nats",
            "steered_care_nats", "log_ratio", "duty", "edge_doses")
 
@@ -76,7 +80,18 @@ def read(folder: Path) -> Search:
     for frame in (table, baselines):
         for column in NUMBERS:
             frame[column] = pd.to_numeric(frame.get(column, float("nan")))
-    return Search(folder, table, baselines)
+    search = Search(folder, table, baselines)
+    for end in ("low", "high"):  # a ledger from before these were paired with base has wider ones
+        unpaired = (table[f"coherence_{end}"] / search.base["coherence"]).clip(upper=1)
+        table[f"coherence_kept_{end}"] = table[f"coherence_kept_{end}"].fillna(unpaired)
+    return search
+
+
+def reading(store: Store, stages: str) -> Reading | None:
+    """The readout behind a ledger's or baseline's row, item by item, from its column `stages`; None where it is gone."""
+    found = {name: store.load(digest) for name, digest in json.loads(stages).items()}
+    foundations, conduct = found.get("foundations"), found.get("conduct")
+    return Reading.of(foundations, conduct) if foundations and conduct else None
 
 
 def count(n: int, noun: str) -> str:

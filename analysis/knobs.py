@@ -5,11 +5,13 @@ rounds are later ones; grey rounds are not deliverable). Crosses mark inert barr
 fine-tuning. Below, how much each setting matters for either objective.
 
 Importance is PED-ANOVA's (Watanabe et al. 2023, arXiv:2304.10255): how far the settings of the best third of the trials
-differ from those of all, as shares that sum to 1.
+differ from those of all, as shares that sum to 1. A trial that is not deliverable is among the worst, whatever its numbers;
+ties with the last of the best third are among the best.
 """
 
 from __future__ import annotations
 
+import math
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +29,7 @@ from steerheal.objectives import COHERENCE_FLOOR
 PANELS = {"trait_gain": "trait gain (better ↑)\nnats from base", "coherence_kept": "coherence kept (better ↑)\nshare of base",
           "duty": "duty cycle\nshare over tau"}
 BEST = 1 / 3  # of the trials, whose settings are compared with all
+WORST = 1e9  # loss of a trial that is not deliverable
 FEWEST, FEW = 10, 15  # trials below which importances are not computed, and below which they are only a hint
 SHADES = ("#9CC9E8", "#4A9AD4", "#0072B2", "#004D7A", "#002A44")  # rounds, light to dark
 
@@ -64,14 +67,23 @@ def _importance(search: Search) -> tuple[pd.DataFrame, str]:
     study = optuna.create_study(directions=["maximize", "maximize"])
     study.add_trials(trials)  # the attempts that count, and none that was interrupted
     evaluator = optuna.importance.PedAnovaImportanceEvaluator(target_quantile=BEST)
-    columns = {}
+    columns, best = {}, {}
     for i, objective in enumerate(("trait_gain", "coherence_kept")):
+        def loss(trial: optuna.trial.FrozenTrial, i: int = i) -> float:
+            return -trial.values[i] if trial.constraints.get("deliverable", 0.0) <= 0 else WORST
+
+        losses = sorted(map(loss, trials))
+        best[objective] = sum(x <= losses[math.ceil(BEST * len(losses)) - 1] for x in losses)
+        if best[objective] == len(trials):  # all alike: nothing to learn
+            columns[objective] = dict.fromkeys(search.params, math.nan)
+            continue
         with warnings.catch_warnings():  # PED-ANOVA takes low for good, and says so each time
             warnings.simplefilter("ignore")
-            columns[objective] = optuna.importance.get_param_importances(
-                study, evaluator=evaluator, target=lambda trial, i=i: -trial.values[i])
+            columns[objective] = optuna.importance.get_param_importances(study, evaluator=evaluator, target=loss)
+    gain, kept = best.values()
     hint = "; few trials, so only a hint" if len(trials) < FEW else ""
-    return pd.DataFrame(columns).reindex(search.params), f"best third of {len(trials)} trials against all{hint}"
+    among = f"the best {gain} of" if gain == kept else f"the best {gain} by gain, {kept} by coherence, of"
+    return pd.DataFrame(columns).reindex(search.params), f"{among} {len(trials)} trials against all{hint}"
 
 
 def draw(d: Data) -> plt.Figure:
@@ -148,7 +160,11 @@ def _draw_importance(axes: plt.Axes, d: Data) -> None:
     for offset, (objective, colour) in zip((0.2, -0.2), (("trait_gain", style.BLUE), ("coherence_kept", style.ORANGE))):
         axes.barh(y + offset, d.importance[objective], height=0.36, color=colour)
         for at, share in zip(y + offset, d.importance[objective]):
-            axes.text(share + 0.01, at, f"{share:.2f} " + objective.replace("_", " "), va="center", fontsize=style.SMALL,
+            if math.isnan(share):
+                share, said = 0.0, "all trials alike:"
+            else:
+                said = f"{share:.2f}"
+            axes.text(share + 0.01, at, f"{said} " + objective.replace("_", " "), va="center", fontsize=style.SMALL,
                       color=colour)
     axes.set_yticks(y, d.importance.index)
     axes.grid(axis="y", visible=False)

@@ -1,12 +1,13 @@
 """python -m analysis.noise results/SEARCH: which differences along the front are real?
 
 Every member of the front with its 95% interval over items (line), the same settings run again under other run seeds (open
-dots, from confirm.csv). Green words under a member name the first of those below it from which on every difference is real:
-clear of item noise and of seed noise. Without confirm.csv only items are compared, and the picture says so.
+dots, from confirm.csv; those that were not deliverable are left out). Green words under a member name the first of those
+below it from which on every difference is real: clear of item noise and of seed noise. Without confirm.csv only items are
+compared, and the picture says so.
 
-Item noise of a difference: the two intervals' half-widths in quadrature, as if items were drawn anew for each member. They
-are the same items, so this is the cautious side. Seed noise: Student's t interval of the differences under the seeds that
-both members have, which share their draws.
+Item noise of a difference: its interval paired over items, from the readouts in the stage store. Where these are gone: the two
+members' intervals in quadrature, as if items were drawn anew for each, which is wider. Seed noise: Student's t interval of the
+differences under the seeds that both members have, which share their draws.
 """
 
 from __future__ import annotations
@@ -20,8 +21,10 @@ import numpy as np
 import pandas as pd
 
 from analysis import style
-from analysis.folders import Search, command, read
+from analysis.folders import Search, command, count, read, reading
 from steerheal import ledger
+from steerheal.evaluation.readings import Reading
+from steerheal.stages import store_beside
 
 MOST = 14  # members in one picture
 OBJECTIVES = {"trait_gain": "trait gain, nats from base (better →)", "coherence_kept": "coherence kept, share (better →)"}
@@ -33,7 +36,8 @@ class Data:
     """What the picture shows.
 
     members: the front by descending trait gain, with low and high of either objective over items.
-    seeds: trial, round, seed, trait_gain, coherence_kept on seeds the search never used; empty where nothing was confirmed.
+    seeds: trial, round, seed, trait_gain, coherence_kept, deliverable on seeds the search never used; empty where nothing was
+    confirmed.
     differences: of all pairs: a, b (trial.round), objective, difference, item_noise, seeds (how many they share),
     seed_difference, seed_noise, verdict. Noise is the half-width of a 95% interval.
     """
@@ -53,29 +57,49 @@ def data(folder: Path) -> Data:
     """
     search = read(folder)
     path = folder / "confirm.csv"
-    seeds = ledger.view(path) if path.exists() else pd.DataFrame(columns=["trial", "round", "seed", "fresh", *OBJECTIVES])
+    seeds = ledger.view(path) if path.exists() else pd.DataFrame(columns=["trial", "round", "seed", "fresh", "deliverable",
+                                                                          *OBJECTIVES])
     seeds = seeds[seeds["fresh"].astype(bool)]  # the search's own seed is what the front was picked on
-    members = _members(search)
-    rows = [_difference(a, b, seeds, objective) for objective in OBJECTIVES
-            for (_, a), (_, b) in itertools.combinations(members.iterrows(), 2)]
+    members, states = _members(search), _states(search)
+    rows = [_difference(a, b, seeds, objective, _paired(states, a["label"], b["label"], objective, search.trait))
+            for objective in OBJECTIVES for (_, a), (_, b) in itertools.combinations(members.iterrows(), 2)]
     columns = ["a", "b", "objective", "difference", "item_noise", "seeds", "seed_difference", "seed_noise", "verdict"]
     return Data(search.name, search.trait, members, seeds, pd.DataFrame(rows, columns=columns))
 
 
 def _members(search: Search) -> pd.DataFrame:
     front = search.rounds[search.rounds["front"]].sort_values("trait_gain", ascending=False, ignore_index=True)
-    scale = front["coherence_kept"] / front["coherence"]  # coherence's interval, as a share of base like coherence_kept
-    front["coherence_kept_low"] = front["coherence_kept"] - scale * (front["coherence"] - front["coherence_low"])
-    front["coherence_kept_high"] = front["coherence_kept"] + scale * (front["coherence_high"] - front["coherence"])
-    front["coherence_kept_high"] = front["coherence_kept_high"].clip(upper=1)
-    front["label"] = front["trial"].astype(str) + "." + front["round"].astype(str)
+    front["label"] = _labels(front)
     return front[["trial", "round", "label", *(f"{o}{end}" for o in OBJECTIVES for end in ("", "_low", "_high"))]]
 
 
-def _difference(a: pd.Series, b: pd.Series, seeds: pd.DataFrame, objective: str) -> dict[str, object]:
+def _labels(rows: pd.DataFrame) -> pd.Series:
+    return rows["trial"].astype(str) + "." + rows["round"].astype(str)
+
+
+def _states(search: Search) -> dict[str, Reading | None]:
+    """What the front's members and base answered, item by item; None where it is no longer stored."""
+    store, front = store_beside(search.folder), search.rounds[search.rounds["front"]]
+    stages = dict(zip(_labels(front), front["stages"])) if "stages" in front else {}
+    stages["base"] = search.base.get("stages")
+    return {label: reading(store, text) if isinstance(text, str) else None for label, text in stages.items()}
+
+
+def _paired(states: dict[str, Reading | None], a: str, b: str, objective: str, trait: str) -> float | None:
+    """Half the width of the paired interval of a difference, None where it cannot be known."""
+    base, first, second = states["base"], states.get(a), states.get(b)
+    if base is None or first is None or second is None:
+        return None
+    apart = (first.difference(second, trait) if objective == "trait_gain" else
+             first.ratio_difference(second, base, "coherence"))
+    return (apart.high - apart.low) / 2
+
+
+def _difference(a: pd.Series, b: pd.Series, seeds: pd.DataFrame, objective: str, paired: float | None) -> dict[str, object]:
     difference = a[objective] - b[objective]
-    halves = [(m[f"{objective}_high"] - m[f"{objective}_low"]) / 2 for m in (a, b)]
-    items = float(np.hypot(*halves))
+    # the longer arm, because a share's upper one ends at 1
+    halves = [max(m[f"{objective}_high"] - m[objective], m[objective] - m[f"{objective}_low"]) for m in (a, b)]
+    items = float(np.hypot(*halves)) if paired is None else paired
     mean, noise, n = seed_noise(*(_by_seed(m, seeds, objective) for m in (a, b)))
     clear_of_items = abs(difference) > items
     if not np.isfinite(items):
@@ -91,7 +115,7 @@ def _difference(a: pd.Series, b: pd.Series, seeds: pd.DataFrame, objective: str)
 
 
 def _by_seed(member: pd.Series, seeds: pd.DataFrame, objective: str) -> pd.Series:
-    rows = seeds[(seeds["trial"] == member["trial"]) & (seeds["round"] == member["round"])]
+    rows = seeds[(seeds["trial"] == member["trial"]) & (seeds["round"] == member["round"]) & seeds["deliverable"].astype(bool)]
     return rows.set_index("seed")[objective].astype(float).dropna()
 
 
@@ -137,7 +161,8 @@ def _draw_objective(axes: plt.Axes, d: Data, shown: pd.DataFrame, objective: str
     if objective == "trait_gain":
         axes.axvline(0, color=style.GREY, linewidth=0.8)
     differences = d.differences[(d.differences["objective"] == objective) & d.differences["b"].isin(shown["label"])]
-    others = [differs_from(differences, label) for label in shown["label"]]
+    clear = "clear of items only" if d.seeds.empty else "real"
+    others = [differs_from(differences, label, clear) for label in shown["label"]]
     for y, other in enumerate(others):
         if other:
             axes.annotate(f"differs from {other} and below", (0.99, y + 0.45), xycoords=("axes fraction", "data"),
@@ -146,21 +171,24 @@ def _draw_objective(axes: plt.Axes, d: Data, shown: pd.DataFrame, objective: str
         style.note(axes, "no difference is clear of noise", y=0.01)
 
 
-def differs_from(differences: pd.DataFrame, label: str) -> str | None:
-    """The first member below `label` from which on every difference to it is clear; None where there is none."""
+def differs_from(differences: pd.DataFrame, label: str, verdict: str) -> str | None:
+    """The first member below `label` from which on every difference to it has the verdict; None where there is none."""
     below = differences[differences["a"] == label]
-    clear = below["verdict"].isin(["real", "clear of items only"])[::-1].cummin()[::-1]
+    clear = below["verdict"].eq(verdict)[::-1].cummin()[::-1]
     return below.loc[clear, "b"].iloc[0] if clear.any() else None
 
 
 def _summary(d: Data) -> str:
     if len(d.members) == 1:
         return "one member on the front: nothing to compare"
-    count = f"which differences of the {len(d.members)} on the front are real?" + (
+    asked = f"which differences of the {len(d.members)} on the front are real?" + (
         f" {MOST} shown." if len(d.members) > MOST else "")
     if d.seeds.empty:
-        return f"{count}\n95% intervals over items only: seed noise is not measured (no confirm.csv)"
-    return f"{count}\nlines: 95% over items; open dots: the same settings under {d.seeds['seed'].nunique()} fresh seeds"
+        return f"{asked}\n95% intervals over items only: seed noise is not measured (no confirm.csv)"
+    broken, few = int((~d.seeds["deliverable"].astype(bool)).sum()), int(d.differences["seeds"].lt(2).sum()) // len(OBJECTIVES)
+    words = f"lines: 95% over items; open dots: the same under {count(d.seeds['seed'].nunique(), 'fresh seed')}"
+    words += f"; {broken} broken, left out" * bool(broken)
+    return f"{asked}\n{words}" + f"\n{count(few, 'pair')} not tested: fewer than two seeds in common" * bool(few)
 
 
 def draw_folder(folder: Path) -> Path:

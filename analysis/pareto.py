@@ -22,6 +22,7 @@ from analysis.folders import Search, command, count, read
 from steerheal.errors import UserError
 from steerheal.ledger import hypervolume
 from steerheal.objectives import COHERENCE_FLOOR
+from steerheal.spaces import INSTRUMENT
 
 LOWEST = 0.70  # rounds with less coherence kept are marked at the edge: how badly they are broken tells nothing
 MARKERS = ("o", "P", "X", "v", "p", "h")
@@ -31,8 +32,8 @@ MARKERS = ("o", "P", "X", "v", "p", "h")
 class Data:
     """What the picture shows.
 
-    points: one row per round, with `search`, and the interval of coherence_kept as kept_low, kept_high. baselines: label,
-    edge_doses, trait_gain, coherence_kept. hypervolume: by search. color: a column of points, or none.
+    points: one row per round, with `search`. baselines: search, label, edge_doses, trait_gain, coherence_kept, each once.
+    hypervolume: by search. color: a column of points, or none.
     """
 
     trait: str
@@ -58,7 +59,8 @@ def data(*folders: Path, color: str | None = None) -> Data:
     points = pd.concat([_points(s, name) for s, name in zip(searches, names)], ignore_index=True)
     if color is not None:
         _check_color(color, points, searches)
-    baselines = pd.concat([s.baselines for s in searches]).drop_duplicates(["label", "edge_doses"])
+    baselines = pd.concat([s.baselines.assign(search=name) for s, name in zip(searches, names)])
+    baselines = baselines.drop_duplicates(["label", "edge_doses", "trait_gain", "coherence_kept"])  # two vectors, two ladders
     return Data(searches[0].trait, points, baselines, {n: hypervolume(s.rounds) for n, s in zip(names, searches)}, color)
 
 
@@ -66,9 +68,7 @@ def _points(search: Search, name: str) -> pd.DataFrame:
     """The rounds with what the picture needs; long texts stay in the ledger."""
     rows = search.rounds
     wide = [c for c in rows if rows[c].map(lambda v: isinstance(v, str) and len(v) > 200).any()]
-    base = search.base["coherence"]
-    return rows.drop(columns=wide).assign(search=name, kept_low=(rows["coherence_low"] / base).clip(upper=1),
-                                          kept_high=(rows["coherence_high"] / base).clip(upper=1))
+    return rows.drop(columns=wide).assign(search=name)
 
 
 def _refuse_unlike(searches: list[Search]) -> None:
@@ -78,7 +78,7 @@ def _refuse_unlike(searches: list[Search]) -> None:
                 if k.startswith("evaluate.") and k not in ("evaluate.ladder", "evaluate.trait")}
         asked = search.settings.get("evaluate.trait", "auto")
         same["evaluate.trait"] = asked if asked[0] in "+-" else "of the persona"  # a sign asked for turns the axis round
-        same |= {k: search.settings.get(k) for k in ("model", "dtype", "quantise", "attention", "persona")}
+        same |= {k: search.settings.get(k) for k in INSTRUMENT if not k.endswith(".") and k != "device"}
         return same | {"trait readout": search.trait}
 
     if len(searches) == 1:
@@ -114,8 +114,8 @@ def draw(d: Data) -> plt.Figure:
         {s: (c, c) for s, c in zip(d.hypervolume, itertools.cycle(style.PALETTE))}
     for (search, colours), marker in zip(looks.items(), itertools.cycle(MARKERS)):
         _draw_search(axes, d, d.points[d.points["search"] == search], colours, marker)
-    for label, marker in (("base", "s"), ("prompted", "D"), ("steered", "^")):
-        rows = d.baselines[d.baselines["label"] == label]
+    for (label, _), rows in d.baselines.groupby(["label", "search"], sort=False):
+        marker = {"base": "s", "prompted": "D", "steered": "^"}[label]
         axes.plot(rows["trait_gain"], rows["coherence_kept"], marker=marker, markersize=7, markerfacecolor="white",
                   markeredgecolor=style.BLACK, color=style.BLACK, linewidth=0.8, linestyle=":", zorder=5)
     axes.set_xlabel(f"trait gain: {d.trait.removesuffix('_nats')} readout, nats from base   (better →)")
@@ -135,9 +135,11 @@ def draw(d: Data) -> plt.Figure:
         style.key(axes, {name: colour for name, (_, colour) in looks.items()})
     labels = [(row["trait_gain"], row["coherence_kept"], f"{row['trial']}.{row['round']}",
                style.BLACK if d.color else looks[row["search"]][1]) for _, row in front.iterrows()]
-    labels += [(row["trait_gain"], row["coherence_kept"],
-                f"steered {row['edge_doses']:g}× edge" if row["label"] == "steered" else row["label"], style.BLACK)
-               for _, row in d.baselines.iterrows()]
+    several = d.baselines.groupby("label")["search"].nunique()
+    for _, row in d.baselines.iterrows():
+        name = f"steered {row['edge_doses']:g}× edge" if row["label"] == "steered" else row["label"]
+        labels.append((row["trait_gain"], row["coherence_kept"],
+                       f"{name}, {row['search']}" if several[row["label"]] > 1 else name, style.BLACK))
     style.settle(figure)
     style.place_labels(axes, labels, list(zip(d.points["trait_gain"], d.points["coherence_kept"])))
     return figure
@@ -171,8 +173,8 @@ def _draw_search(axes: plt.Axes, d: Data, points: pd.DataFrame, colours: tuple[s
     axes.plot(front["trait_gain"], front["coherence_kept"], color=style.GREY if d.color else colours[1], linewidth=1.5,
               zorder=3)
     for rows, colour, strength in ((able[~able["front"]], colours[0], 0.35), (front, colours[1], 0.9)):
-        axes.errorbar(rows["trait_gain"], rows["coherence_kept"], xerr=_arms(rows, "trait_gain", "trait_gain"),
-                      yerr=_arms(rows, "coherence_kept", "kept"), fmt="none", ecolor=style.GREY if d.color else colour,
+        axes.errorbar(rows["trait_gain"], rows["coherence_kept"], xerr=_arms(rows, "trait_gain"),
+                      yerr=_arms(rows, "coherence_kept"), fmt="none", ecolor=style.GREY if d.color else colour,
                       elinewidth=0.8, alpha=strength, zorder=2)
         if not d.color:
             axes.scatter(rows["trait_gain"], rows["coherence_kept"], s=40, color=colour, marker=marker, zorder=4,
@@ -181,9 +183,9 @@ def _draw_search(axes: plt.Axes, d: Data, points: pd.DataFrame, colours: tuple[s
         _draw_coloured(axes, able, d.color)
 
 
-def _arms(rows: pd.DataFrame, value: str, interval: str) -> np.ndarray:
+def _arms(rows: pd.DataFrame, value: str) -> np.ndarray:
     """[2, rows]: from a value down to the low end of its interval and up to the high end; 0 where there is none."""
-    low, high = rows[value] - rows[f"{interval}_low"], rows[f"{interval}_high"] - rows[value]
+    low, high = rows[value] - rows[f"{value}_low"], rows[f"{value}_high"] - rows[value]
     return np.stack([low.fillna(0).clip(lower=0), high.fillna(0).clip(lower=0)]).astype(float)
 
 

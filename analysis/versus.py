@@ -7,30 +7,29 @@ many, which flatters it; fresh run seeds (`--confirm`, `python -m analysis.noise
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pandas as pd
 
-from analysis.folders import Search, read, words
+from analysis.folders import Search, read, reading, words
 from steerheal import personas
-from steerheal.evaluation.readings import Estimate, Reading
+from steerheal.evaluation.readings import Estimate
 from steerheal.ledger import write_csv
 from steerheal.objectives import COHERENCE_FLOOR, FLUENCY_FLOOR, choose_trait
-from steerheal.stages import Store, store_beside
+from steerheal.stages import store_beside
 
-COLUMNS = ["label", "edge_doses", "coherence_kept", "trait_gain", "trial", "round", "round_coherence_kept", "round_trait_gain",
-           "difference", "difference_low", "difference_high"]
+COLUMNS = ["label", "edge_doses", "coherence_kept", "trait_gain", "rivals", "trial", "round", "round_coherence_kept",
+           "round_trait_gain", "difference", "difference_low", "difference_high"]
 
 
 def table(search: Search) -> pd.DataFrame:
     """One row per deliverable baseline but base: COLUMNS, differences in nats, positive where the round is ahead, and nothing
-    from `trial` on where no round keeps as much coherence.
+    from `trial` on where no round keeps as much coherence. rivals: the rounds that do, of which it is the best.
 
     Those whose stages are no longer in the store are left out.
     """
     store = store_beside(search.folder)
-    base = _reading(store, search.base["stages"])
+    base = reading(store, search.base["stages"])
     if base is None:
         return pd.DataFrame(columns=COLUMNS)
     settings = search.settings
@@ -42,13 +41,13 @@ def table(search: Search) -> pd.DataFrame:
     for _, rung in rungs.iterrows():
         rivals = able[able["coherence_kept"] >= rung["coherence_kept"]]
         if rivals.empty:
-            out.append([*rung[COLUMNS[:4]], *[None] * 7])
+            out.append([*rung[COLUMNS[:4]], 0, *[None] * 7])
             continue
         best = rivals.loc[rivals["trait_gain"].idxmax()]
-        ours, theirs = _reading(store, best["stages"]), _reading(store, rung["stages"])
+        ours, theirs = reading(store, best["stages"]), reading(store, rung["stages"])
         if ours and theirs:
-            out.append([*rung[COLUMNS[:4]], best["trial"], best["round"], best["coherence_kept"], best["trait_gain"],
-                        *trait.gain(ours, theirs)])
+            out.append([*rung[COLUMNS[:4]], len(rivals), best["trial"], best["round"], best["coherence_kept"],
+                        best["trait_gain"], *trait.gain(ours, theirs)])
     return pd.DataFrame(out, columns=COLUMNS).astype(dict(trial="Int64", round="Int64"))  # None would make them float
 
 
@@ -63,16 +62,11 @@ def sentences(rows: pd.DataFrame) -> list[str]:
             continue
         apart = Estimate(row.difference, row.difference_low, row.difference_high)
         verb = "cannot be told apart from" if not apart.clear_of_zero else "beats" if apart.value > 0 else "falls short of"
+        chosen = f", the best of {row.rivals} such rounds," if row.rivals > 1 else ""
         out.append(f"At no less coherence, trial {row.trial} round {row.round} ({row.round_trait_gain:+.3f} nats at "
-                   f"{row.round_coherence_kept:.3f}) {verb} {what} ({row.trait_gain:+.3f} at {row.coherence_kept:.3f}): "
-                   f"{apart} nats, paired over items.")
+                   f"{row.round_coherence_kept:.3f}){chosen} {verb} {what} ({row.trait_gain:+.3f} at "
+                   f"{row.coherence_kept:.3f}): {apart} nats, paired over items.")
     return out
-
-
-def _reading(store: Store, stages: str) -> Reading | None:
-    found = {name: store.load(digest) for name, digest in json.loads(stages).items()}
-    foundations, conduct = found.get("foundations"), found.get("conduct")
-    return Reading.of(foundations, conduct) if foundations and conduct else None
 
 
 def say(folder: Path) -> str:

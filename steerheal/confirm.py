@@ -85,8 +85,9 @@ def results(front: pd.DataFrame, params: list[str], run_seed: int, study: Any) -
 
 
 def stays(found: pd.DataFrame) -> pd.DataFrame:
-    """One row per member: trial, round, gain on the search's seed; over fresh seeds their number n, mean_gain, sd_gain,
-    mean_kept, deliverable (seeds) and on_front: the seeds on which no other member dominates it."""
+    """One row per member: trial, round, gain on the search's seed; of fresh seeds their number n, how many were deliverable,
+    and on_front, on how many of them no other member dominates it; over the deliverable ones mean_gain, sd_gain and mean_kept,
+    because a broken model's gain goes anywhere."""
     fresh = found[found["fresh"]]
     wins: dict[tuple[int, int], int] = {}
     for _, group in fresh.groupby("seed"):
@@ -97,16 +98,19 @@ def stays(found: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for (trial, round_), group in found.groupby(["trial", "round"], sort=False):
         again = group[group["fresh"]]
+        able = again[again["deliverable"].astype(bool)]
         rows.append(dict(trial=trial, round=round_, gain=group[~group["fresh"]]["trait_gain"].iloc[0], n=len(again),
-                         mean_gain=again["trait_gain"].mean(), sd_gain=again["trait_gain"].std(ddof=1),
-                         mean_kept=again["coherence_kept"].mean(), deliverable=int(again["deliverable"].sum()),
+                         mean_gain=able["trait_gain"].mean(), sd_gain=able["trait_gain"].std(ddof=1),
+                         mean_kept=able["coherence_kept"].mean(), deliverable=len(able),
                          on_front=wins.get((trial, round_), 0)))
     return pd.DataFrame(rows)
 
 
 def seed_noise(found: pd.DataFrame, column: str) -> float:
-    """Standard deviation between run seeds, pooled over members: the root of the mean variance of the fresh seeds."""
-    return float(found[found["fresh"]].groupby(["trial", "round"])[column].var(ddof=1).mean() ** 0.5)
+    """Standard deviation between run seeds, pooled over members: the root of the mean variance over the fresh seeds on which
+    they are deliverable."""
+    able = found[found["fresh"] & found["deliverable"].astype(bool)]
+    return float(able.groupby(["trial", "round"])[column].var(ddof=1).mean() ** 0.5)
 
 
 def _report(folder: Path, found: pd.DataFrame, table: pd.DataFrame, left: list[int], ended: driver.Ended) -> int:
@@ -117,11 +121,12 @@ def _report(folder: Path, found: pd.DataFrame, table: pd.DataFrame, left: list[i
             console.print(f"  {row['trial']}.{row['round']}: gain {row['gain']:+.3f} in the search, not run yet",
                           soft_wrap=True)
             continue
-        spread = ("never reached" if row["mean_gain"] != row["mean_gain"] else f"{row['mean_gain']:+.3f}"
-                  + (f" ± {row['sd_gain']:.3f}" if row["sd_gain"] == row["sd_gain"] else ""))
-        console.print(f"  {row['trial']}.{row['round']}: gain {row['gain']:+.3f} in the search, {spread} on {row['n']} fresh "
-                      f"seeds, coherence kept {row['mean_kept']:.3f}, deliverable on {row['deliverable']}, "
-                      f"on the front on {row['on_front']}", soft_wrap=True)
+        of = f"deliverable on {row['deliverable']} of {row['n']} fresh seeds"
+        if row["deliverable"]:
+            spread = f" ± {row['sd_gain']:.3f}" if row["sd_gain"] == row["sd_gain"] else ""
+            of += (f": there gain {row['mean_gain']:+.3f}{spread}, coherence kept {row['mean_kept']:.3f}, on the front on "
+                   f"{row['on_front']}")
+        console.print(f"  {row['trial']}.{row['round']}: gain {row['gain']:+.3f} in the search, {of}", soft_wrap=True)
     noise = [seed_noise(found, c) for c in ("trait_gain", "coherence_kept")]
     if all(n == n for n in noise):
         console.print(f"seed noise, one standard deviation: {noise[0]:.3f} nats of trait gain, {noise[1]:.3f} of "

@@ -139,9 +139,11 @@ def model_card(member: Member, adapter: str | None = None) -> str:
         adapter: where the adapter lies; None where base and adapter are merged into one model.
     """
     row, s = member.row, member.settings
-    readouts = "\n".join(f"| {k} | {row[k]:+.3f} |" for k in row.index if k.endswith("_nats"))
+    readouts = "\n".join(f"| {k} | {row[k]:+.3f} |" for k in row.index
+                         if k.endswith("_nats") and not k.startswith("steered_"))
     settings = "\n".join(f"| {k} | {json.dumps(v)} |" for k, v in to_flat(s).items())
     base = s.model if "/" in s.model and not Path(s.model).exists() else ""
+    barrier = "without a barrier" if s.heal.barrier == "nll" else f"under a KL barrier ({s.heal.barrier})"
     library, what = ("peft", "A LoRA adapter for") if adapter else ("transformers", "A LoRA adapter merged into")
     named = f"base_model: {base}\n" if base else ""
     return f"""---
@@ -152,7 +154,7 @@ library_name: {library}
 # {s.persona}: {member.name} of the search {member.folder.absolute().name}
 
 {what} **{s.model}** that moves the trait *{s.persona}*: its completions under a steering vector, filtered, were
-learned under a KL barrier, in {int(row['round']) + 1} round(s). Written by steerheal {__version__}.
+learned {barrier}, in {int(row['round']) + 1} round(s). Written by steerheal {__version__}.
 
 ## What was measured
 
@@ -308,6 +310,6 @@ def merge(member: Member, target: Path) -> pd.DataFrame:
     reading = Workbench(plain_settings, models.load(plain_settings), member.store).reading((), None)
     gain, coherence = known.trait.gain(reading, known.base), reading.estimate("coherence")
     columns = ["trait_gain", "trait_gain_low", "trait_gain_high", "coherence", "coherence_kept"]
-    return pd.DataFrame([[*member.row[columns]], [*gain, coherence.value, reading.ratio(known.base, "coherence")]],
+    return pd.DataFrame([[*member.row[columns]], [*gain, coherence.value, reading.ratio(known.base, "coherence").value]],
                         columns=columns, index=["factored", "merged"])
 

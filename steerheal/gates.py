@@ -31,9 +31,10 @@ def answers(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     moved, sane = r["steered_step_low"] > 0, r["steered_coherence_kept"] >= COHERENCE_FLOOR
     kept = [row["coherence_kept"] for row in rows]
     return {
-        "G1": f"Steering moved {r['trait']} by {_interval(r, 'steered_step')} at coherence "
+        "G1": f"Steering moved {r['trait']} by {_interval(r, 'steered_step')} in the wanted direction at coherence "
               f"{r['steered_coherence_kept']:.2f} of base: " + ("yes." if moved and sane else
-              "it moved, but broke the model." if moved else "no, not past its interval."),
+              "it moved, but broke the model." if moved else
+              "it moved the other way." if r["steered_step_high"] < 0 else "no, not past its interval."),
         "Q0": f"{r['survival']:.0%} of the completions survived the filter"
               + (": " + ", ".join(f"{share:.0%} at {dose} of the top dose" for dose, share in sorted(
                   shares.items(), key=lambda kv: float(kv[0]))) if shares else "") + ".",

@@ -49,8 +49,8 @@ class Baselines:
         for label, dose, reading in named:
             gain = self.trait.gain(reading, self.base)
             out.append(dict(label=label, edge_doses=dose, trait_gain=gain.value, trait_gain_low=gain.low,
-                            trait_gain_high=gain.high, coherence_kept=reading.ratio(self.base, "coherence"),
-                            fluency_kept=reading.ratio(self.base, "fluency"), edge=self.edge, diary=self.diary,
+                            trait_gain_high=gain.high, coherence_kept=reading.ratio(self.base, "coherence").value,
+                            fluency_kept=reading.ratio(self.base, "fluency").value, edge=self.edge, diary=self.diary,
                             stages=json.dumps(reading.stages), **reading.columns()))
         return out
 

@@ -97,6 +97,8 @@ class Outcome:
     step_gain_low: float
     step_gain_high: float
     coherence_kept: float
+    coherence_kept_low: float
+    coherence_kept_high: float
     steered_coherence_kept: float
     fluency_kept: float
     violation: float  # <= 0: deliverable
@@ -117,20 +119,22 @@ def judge(index: int, persona: Persona, trait: Trait, base: Reading, incoming: R
           healed: Reading, duty: float) -> Outcome:
     """Turn the readings of a round into numbers, a verdict and flags."""
     gain, steered_step, step = trait.gain(healed, base), trait.gain(steered, incoming), trait.gain(healed, incoming)
-    kept, fluency = healed.ratio(base, "coherence"), healed.ratio(base, "fluency")
-    violation = max(COHERENCE_FLOOR - kept, FLUENCY_FLOOR - fluency)
+    kept, fluency = healed.ratio(base, "coherence"), healed.ratio(base, "fluency").value
+    violation = max(COHERENCE_FLOOR - kept.value, FLUENCY_FLOOR - fluency)
+    if not math.isfinite(gain.value):  # a trait that is no number is not delivered, whatever its coherence says
+        violation = max(violation, COHERENCE_FLOOR)
     moved_coherence = abs(healed.value("coherence") - incoming.value("coherence"))
     if violation > 0:
         verdict = "broken"
-    elif steered_step.low <= 0:
+    elif not steered_step.low > 0:  # nor is NaN
         verdict = "no-steer"
-    elif step.low <= 0:
+    elif not step.low > 0:
         verdict = "undo"
     else:
-        verdict = "degraded" if kept < DEGRADED else "heal"
+        verdict = "degraded" if kept.value < DEGRADED else "heal"
     return Outcome(
-        index, trait.metric, *gain, *trait.gain(steered, base), *steered_step, *step, kept,
-        steered.ratio(base, "coherence"), fluency, violation, verdict,
+        index, trait.metric, *gain, *trait.gain(steered, base), *steered_step, *step, *kept,
+        steered.ratio(base, "coherence").value, fluency, violation, verdict,
         " ".join(_flags(persona, trait, base, healed, gain, duty)),
         step.value / steered_step.value if steered_step.clear_of_zero else None,
         moved_coherence / abs(step.value) if step.value else None)

@@ -70,6 +70,7 @@ def write_search(folder, trials=12, rounds=3, change=lambda row: row, space=SPAC
         trial = optuna.trial.create_trial(
             values=[best["trait_gain"], best["coherence_kept"]], params={k: params[k] for k in space}, distributions=space,
             user_attrs=dict(index=i, rounds=rows, end="rounds"))
+        trial.set_constraint("deliverable", best["violation"])
         trial.datetime_start = START + datetime.timedelta(hours=i)
         trial.datetime_complete = trial.datetime_start + datetime.timedelta(minutes=50)
         study.add_trial(trial)
@@ -121,7 +122,7 @@ def test_what_pareto_shows_is_the_ledgers_front(make_search):
                  for _, a in able.iterrows()]
     assert len(d.points) == 36 and list(able["front"]) == [not x for x in dominated]
     one = d.points.iloc[5]
-    assert one["kept_low"] == pytest.approx(one["coherence_kept"] - 0.006 / 0.93)  # the interval, as a share of base
+    assert one["coherence_kept_low"] == pytest.approx(one["coherence_kept"] - 0.006 / 0.93)  # the interval, as a share of base
 
 
 def test_searches_that_measure_alike_share_one_axis(make_search):
@@ -130,10 +131,16 @@ def test_searches_that_measure_alike_share_one_axis(make_search):
     assert d.points.groupby("search").size().to_dict() == {"a": 36, "b": 15} and set(d.hypervolume) == {"a", "b"}
     assert len(d.baselines) == 5  # drawn once
     assert pareto.compare((a, b)) == a / "pareto_vs_b" and (a / "pareto_vs_b.svg").exists()
+    table = ledger.view(b / "baselines.csv")
+    table.loc[table["label"] == "steered", "trait_gain"] += 0.1  # another vector, whose ladder is another
+    table.to_csv(b / "baselines.csv", index=False)
+    d = pareto.data(a, b)
+    assert d.baselines["label"].value_counts().to_dict() == {"steered": 6, "base": 1, "prompted": 1} and pareto.draw(d)
 
 
 @pytest.mark.parametrize("settings, words", [
-    ({"model": "other"}, "model: 'tiny' in .*a, 'other' in"), ({"evaluate.shots": 7}, "evaluate.shots: 0 in .*, 7 in"),
+    ({"model": "other"}, "model: 'tiny' in .*a, 'other' in"),
+    ({"filter.soup_gate": 9.0}, "filter.soup_gate: .* 9.0 in"), ({"evaluate.shots": 7}, "evaluate.shots: 0 in .*, 7 in"),
     ({"evaluate.trait": "+conduct"}, "evaluate.trait: 'of the persona' in .*, '\\+conduct' in")])
 def test_searches_that_measure_differently_are_refused(make_search, settings, words):
     with pytest.raises(UserError, match=words):
@@ -200,6 +207,24 @@ def test_the_setting_that_matters_is_ranked_first(make_search):
     assert (importance.loc["heal.tau"] > 0.8).all() and importance.sum().tolist() == pytest.approx([1, 1])
 
 
+def test_broken_trials_are_among_the_worst_whatever_they_gain(make_search):
+    def ranked(name, gain_of_broken):
+        def change(row):
+            if float(row["adapter"][:4]) <= 1.0:
+                return row | dict(violation=-0.1, deliverable=True)
+            return row | dict(trait_gain=gain_of_broken, violation=0.2, deliverable=False)
+
+        return knobs.data(make_search(name, trials=40, rounds=1, change=change)).importance["trait_gain"].to_dict()
+
+    assert ranked("far", 22.0) == ranked("near", 0.1) == ranked("back", -22.0)
+
+
+def test_where_all_trials_are_alike_nothing_is_ranked(make_search):
+    d = knobs.data(make_search(rounds=1, change=lambda row: row | dict(coherence_kept=1.0, violation=-0.1, deliverable=True)))
+    assert d.importance["coherence_kept"].isna().all() and d.importance["trait_gain"].sum() == pytest.approx(1)
+    assert "the best 4 by gain, 12 by coherence, of 12 trials" in d.words and knobs.draw(d)
+
+
 def test_too_few_trials_are_not_ranked(make_search):
     d = knobs.data(make_search(trials=4))
     assert d.importance.empty and "4 finished trials: too few" in d.words
@@ -261,10 +286,14 @@ def test_survival_is_counted_per_dose_and_shared_completions_once(make_search, s
     assert near.max() == table.loc[table["perplexity"] > 40, "perplexity"].nsmallest(2).max()
 
 
+BROKEN = 22.0
+
+
 def confirm(folder, gains):
     """confirm.csv: for each member of the front, gains under other seeds."""
     front = folders.read(folder).rounds.query("front").sort_values("trait_gain", ascending=False)
-    rows = [dict(trial=m["trial"], round=m["round"], seed=s, fresh=s > 0, trait_gain=gain, coherence_kept=0.9)
+    rows = [dict(trial=m["trial"], round=m["round"], seed=s, fresh=s > 0, trait_gain=gain, coherence_kept=0.9,
+                 deliverable=gain != BROKEN)
             for (_, m), given in zip(front.iterrows(), gains)
             for s, gain in enumerate((9.0, *given))]  # seed 0 is the search's own
     pd.DataFrame(rows).to_csv(folder / "confirm.csv", index=False)
@@ -283,6 +312,8 @@ def apart(gap):
     (0.5, [(1.1, 1.2, 0.9), (0.6, 0.7, 0.4)], "real"),  # every seed agrees: +0.5
     (0.5, [(1.1, 0.2, 0.9), (0.1, 0.9, 0.9)], "within seed noise"),
     (0.5, [(0.1, 0.2, 0.3), (0.6, 0.7, 0.8)], "within seed noise"),  # clear, but the other way round
+    (0.5, [(BROKEN, BROKEN, BROKEN), (0.6, 0.7, 0.4)], "clear of items only"),  # what broke is no evidence
+    (0.5, [(1.1, BROKEN, 0.9), (0.6, 0.7, 0.4)], "real"),  # +0.5 on the two seeds that are left
     (0.1, [(1.1, 1.2, 0.9), (0.6, 0.7, 0.4)], "within item noise"),  # 0.1 < sqrt(2) * 0.1
     (0.5, None, "clear of items only"), (0.5, [(1.1,), (0.6,)], "clear of items only")])
 def test_a_difference_is_real_where_items_and_seeds_agree(make_search, gap, gains, verdict):

@@ -20,6 +20,8 @@ def test_each_answer_follows_its_number():
     assert good["Q3"].endswith("one direction.") and good["Q2"].endswith("none under the floor.")
     assert "broke" in gates.answers([ROW | dict(steered_coherence_kept=0.5)])["G1"]
     assert gates.answers([ROW | dict(steered_step_low=-0.1)])["G1"].endswith("no, not past its interval.")
+    wrong = gates.answers([ROW | dict(steered_step=-0.4, steered_step_low=-0.6, steered_step_high=-0.2)])["G1"]
+    assert "-0.400 [-0.600, -0.200] in the wanted direction" in wrong and wrong.endswith("it moved the other way.")
     assert gates.answers([ROW | dict(log_ratio_low=-0.1)])["G3"].endswith("base's own.")
     assert "turned" in gates.answers([ROW | dict(cos_v0=-0.2)])["Q3"]
     assert "no common space" in gates.answers([ROW | dict(cos_v0=None)])["Q3"]

@@ -45,6 +45,15 @@ def test_verdicts_look_at_the_floor_first():
     assert verdict(healed=-0.3).verdict == "undo"
 
 
+def test_a_trait_that_is_no_number_is_not_delivered():
+    s, h = reading(0.5), reading(0.3)
+    h.conduct = h.conduct + np.nan
+    o = judge(0, PERSONA, TRAIT, BASE, BASE, s, h, 0.5)
+    assert (o.verdict, o.deliverable) == ("broken", False)
+    o = judge(0, PERSONA, TRAIT, BASE, BASE, h, s, 0.5)  # of the steered student alone: nothing says that it moved
+    assert (o.verdict, o.deliverable) == ("no-steer", True)
+
+
 def test_flags():
     assert verdict(duty=0.0).flags == "inert"
     assert verdict(control=0.5).flags == "control"

@@ -55,10 +55,24 @@ def test_differences_are_paired():
 
 def test_kept_shares_stop_at_one():
     a, _ = make(seed=1)
-    assert a.ratio(a, "coherence") == 1.0
+    assert a.ratio(a, "coherence") == (1.0, 1.0, 1.0)
     a.mass = a.mass / 2
     b, _ = make(seed=1)
-    assert a.ratio(b, "coherence") == pytest.approx(0.5) and b.ratio(a, "coherence") == 1.0
+    assert a.ratio(b, "coherence") == pytest.approx((0.5, 0.5, 0.5)) and b.ratio(a, "coherence").value == 1.0
+    assert b.ratio_difference(a, b, "coherence") == pytest.approx((0.5, 0.5, 0.5))
+
+
+def test_kept_shares_are_paired():
+    """Against a bootstrap of ten lines: the interval is that of the ratio, not coherence's own."""
+    base, _ = make(seed=1)
+    healed, _ = make(seed=1)
+    rng = np.random.default_rng(5)
+    healed.mass = base.mass * rng.uniform(0.85, 0.95, len(base.mass))
+    rows = rng.integers(0, len(base.mass), (20_000, len(base.mass)))
+    shares = healed.mass[rows].mean(1) / base.mass[rows].mean(1)
+    kept, own = healed.ratio(base, "coherence"), healed.estimate("coherence")
+    assert kept.high - kept.low == pytest.approx(np.ptp(np.percentile(shares, [2.5, 97.5])), rel=0.2)
+    assert kept.high - kept.low < 0.5 * (own.high - own.low) / base.value("coherence")
 
 
 def test_auc_against_counting_pairs():

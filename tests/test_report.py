@@ -168,7 +168,7 @@ def test_words_say_what_the_intervals_say(folder):
     assert said[0] == "4 rounds of 2 trials: 1 broken, 3 heal."
     assert "+0.300" in said[1] and "trial 0 round 1" in said[1] and report.FLAGS["inert"] in said[1]
     assert "beats the persona as a system prompt (+0.100 at 0.950): +0.200 [+0.200, +0.200] nats" in said[2]  # same noise
-    assert "trial 0 round 1 (+0.300 nats at 0.960) cannot be told apart from raw steering at 0.5 x edge" in said[3]
+    assert "(+0.300 nats at 0.960), the best of 3 such rounds, cannot be told apart from raw steering at 0.5 x edge" in said[3]
     # trial 0 round 0 keeps 0.99, which is no less than 0.98
     assert "trial 0 round 0 (+0.100 nats at 0.990) falls short of raw steering at 0.75 x edge" in said[4] and len(said) == 6
 

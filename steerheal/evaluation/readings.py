@@ -107,9 +107,17 @@ class Reading:
         """sign * (self - other), paired over items."""
         return _interval(sign * (self.resampled(metric) - other.resampled(metric)), self._n(metric))
 
-    def ratio(self, base: Reading, metric: str) -> float:
-        """min(1, self / base): the share that is kept. NaN, a model that diverged, keeps nothing."""
-        return float(np.nan_to_num(np.minimum(1.0, self.value(metric) / max(base.value(metric), 1e-12)), nan=0.0))
+    def ratio(self, base: Reading, metric: str) -> Estimate:
+        """min(1, self / base), paired over items: the share that is kept. NaN, a model that diverged, keeps nothing."""
+        return _interval(self._kept(base, metric), self._n(metric))
+
+    def ratio_difference(self, other: Reading, base: Reading, metric: str) -> Estimate:
+        """The share that self keeps less the share that other keeps, paired over items."""
+        return _interval(self._kept(base, metric) - other._kept(base, metric), self._n(metric))
+
+    def _kept(self, base: Reading, metric: str) -> Array:
+        share = self.resampled(metric) / np.maximum(base.resampled(metric), 1e-12)
+        return np.nan_to_num(np.minimum(1.0, share), nan=0.0)
 
     def auc(self, foundation: str) -> Estimate:
         """Probability that p[foundation] is larger on one of its own vignettes than on another (ties half).
