@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from steerheal import chat
-from steerheal.errors import UserError
+from steerheal.errors import UserError, card_failed, ran_out
 from steerheal.forward import hidden_states
 from steerheal.generation import generate, greedy
 from steerheal.models import LM
@@ -32,9 +32,9 @@ def check(lm: LM) -> None:
             p, q = (z.float().log_softmax(-1) for z in (
                 lm.model(torch.tensor([prompt], device=lm.device), use_cache=False).logits[0, -1], ours[i]))
             kl.append(float((p.exp() * (p - q)).sum()))
-    except torch.OutOfMemoryError:
-        raise
     except (RuntimeError, IndexError, KeyError, TypeError, ValueError, AttributeError) as error:
+        if ran_out(error) or card_failed(error):
+            raise
         first = (str(error).splitlines() or [""])[0]
         raise _refused(lm, f"{type(error).__name__}: {first}") from error
     if not max(kl) < APART:  # nor is NaN

@@ -118,7 +118,7 @@ def _tune(plan: Plan, search: searcher.StudySearcher, machine: Machine, count: i
     with _quiet():
         try:
             _connect(machine, scratch)
-            resources = _resources(machine)
+            resources = _resources(machine, plan.settings.device)
             tuner = tune.Tuner(
                 tune.with_resources(HealTrial, resources),
                 param_space=dict(flat=to_flat(plan.settings), folder=str(plan.folder), store=str(plan.store),
@@ -154,13 +154,14 @@ def _connect(machine: Machine, scratch: Path) -> None:
         raise UserError(f"{where}: {(str(error).splitlines() or [''])[0]} {help_}") from None
 
 
-def _resources(machine: Machine) -> dict[str, float]:
+def _resources(machine: Machine, device: str) -> dict[str, float]:
     """Each trial's share of the cores, and of the cards where there are any. A trial never spans two nodes."""
     import ray
 
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     cpus, gpus = (sum(n.get(kind, 0) for n in nodes) for kind in ("CPU", "GPU"))
     gpu = min(1, gpus / machine.concurrent) if machine.gpus_per_trial is None else machine.gpus_per_trial
+    gpu = gpu if device != "cpu" else 0.0
     if gpu > max(n.get("GPU", 0) for n in nodes):
         raise UserError(f"--gpus-per-trial {gpu:g}: no node has that many cards (Ray sees {gpus:g} in all), so trials "
                         f"would wait for ever. Leave it out to share what there is.")

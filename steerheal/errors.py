@@ -14,6 +14,19 @@ class SettingsError(UserError):
         super().__init__(f"{head} in the settings:\n" + "\n".join(f"  - {p}" for p in problems))
 
 
+def ran_out(error: BaseException) -> bool:
+    """Whether a device's memory ran out: torch's own OutOfMemoryError, or what CUDA and cuBLAS say of memory that torch does
+    not manage."""
+    text = str(error)
+    return type(error).__name__ == "OutOfMemoryError" or (isinstance(error, RuntimeError) and
+                                                          ("out of memory" in text or "ALLOC_FAILED" in text))
+
+
+def card_failed(error: BaseException) -> bool:
+    """Whether a CUDA card failed; this process can mostly not use it again."""
+    return isinstance(error, RuntimeError) and (type(error).__name__ == "AcceleratorError" or "CUDA error" in str(error))
+
+
 class Starved(Exception):
     """A round ended with too few completions that survived the filter."""
 

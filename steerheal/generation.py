@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import Cache
 
 from steerheal.cpu import decoding
+from steerheal.errors import ran_out
 from steerheal.models import LM
 from steerheal.prefill import prefill
 from steerheal.steering import Steers, steered
@@ -66,7 +67,7 @@ def generate(lm: LM, prompts: Sequence[list[int]], sampling: Sampling, seeds: Se
     """
     rows = len(prompts)
     doses = [0.0] * rows if doses is None else list(doses)
-    uniforms = _uniforms(seeds, rows, sampling.max_new_tokens) if sampling.temperature > 0 else None
+    uniforms = _uniforms(seeds, rows, sampling.max_new_tokens).to(lm.device) if sampling.temperature > 0 else None
     key = (lm.digest, (max(map(len, prompts)) + sampling.max_new_tokens) // 128)
     out: list[Completion] = []
     while len(out) < rows:
@@ -75,9 +76,9 @@ def generate(lm: LM, prompts: Sequence[list[int]], sampling: Sampling, seeds: Se
             out += _generate(lm, prompts[part], sampling, None if uniforms is None else uniforms[part], vector,
                              doses[part], half_life)
             continue
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
             size = len(prompts[part])
-            if size == 1:
+            if size == 1 or not ran_out(error):
                 raise
         _fits[key] = size // 2  # tried again out here, where the failed batch is no longer held by the exception
         torch.cuda.empty_cache()
@@ -100,10 +101,10 @@ def _generate(lm: LM, prompts: Sequence[list[int]], sampling: Sampling, uniforms
         for step in range(1, sampling.max_new_tokens + 1):
             logits = lm.logits(states)
             logits[:, lm.banned] = -torch.inf
-            token = _draw(logits, sampling, None if uniforms is None else uniforms[alive.cpu(), step - 1].to(lm.device))
+            token = _draw(logits, sampling, None if uniforms is None else uniforms[alive, step - 1])
             drawn[alive, step - 1] = token
             ended = torch.isin(token, ends) & running
-            length[alive[ended]] = step - 1
+            length[alive] = torch.where(ended, step - 1, length[alive])
             running &= ~ended
             left = int(running.sum())
             if left == 0 or step == sampling.max_new_tokens:
@@ -147,6 +148,7 @@ def think(lm: LM, prompts: Sequence[list[int]], budget: int, suffix: list[int], 
         never: further ids that are not drawn, such as the end of a thinking block.
     """
     unwanted = torch.tensor(sorted({*lm.eos_ids, *never, *lm.banned.tolist()}), device=lm.device)
+    seen = torch.tensor(list(watch), device=lm.device)
     drawn, logp, watched = [], [], []
     with decoding(lm, len(prompts)), steered(lm, vector) as dial:
         begun = prefill(lm, prompts, budget + len(suffix), dial, [dose] * len(prompts))
@@ -156,7 +158,7 @@ def think(lm: LM, prompts: Sequence[list[int]], budget: int, suffix: list[int], 
             ids = logps.index_fill(1, unwanted, -torch.inf).argmax(-1)[:, None]
             drawn.append(ids)
             logp.append(logps.gather(1, ids)[:, 0])
-            watched.append(logps[:, list(watch)])
+            watched.append(logps[:, seen])
             if step < budget - 1:
                 new, mask = _go_on(lm, begun.cache, mask, ids)
                 states = new[:, -1]

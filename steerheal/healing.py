@@ -17,10 +17,12 @@ from functools import partial
 from typing import Any
 
 import torch
+from peft.helpers import disable_input_dtype_casting
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from steerheal import cpu, divergence
+from steerheal.errors import ran_out
 from steerheal.forward import attention_by_rows, hidden_states, token_logps, training_states
 from steerheal.history import Factors, Student
 from steerheal.models import LM
@@ -68,9 +70,12 @@ def heal(student: Student, samples: Sequence[Sample], settings: HealSettings, la
         if settings.barrier != "nll":
             reference = dict(zip(train, _reference_states(student, [samples[i] for i in train], settings.ref)))
         parameters = student.start_round(student.targets(*settings.band), settings.r, run_seed, round_index)
+        # autocast takes an adapter's input in bfloat16; PEFT would make float32 of it first, anew for each linear layer
+        direct = disable_input_dtype_casting(student.lm.model, active=student.lm.model.dtype == torch.bfloat16)
         try:
-            record = _train(student, parameters, samples, train, order[:n_val], reference, settings, lam,
-                            (run_seed, round_index))
+            with direct:
+                record = _train(student, parameters, samples, train, order[:n_val], reference, settings, lam,
+                                (run_seed, round_index))
         finally:
             factors = student.finish_round()
     return factors, record
@@ -172,8 +177,8 @@ def _step_that_fits(student: Student, parameters: list[nn.Parameter], samples: l
         try:
             with _checkpointing(student.lm) if settings.gradient_checkpointing else contextlib.nullcontext():
                 return _step(student, parameters, samples, reference, settings, lam, measure, micro_batch), micro_batch
-        except torch.OutOfMemoryError:
-            if micro_batch == 1:
+        except RuntimeError as error:
+            if micro_batch == 1 or not ran_out(error):
                 raise
         # out here, because inside the except block the traceback keeps the failed attempt's tensors alive
         micro_batch //= 2

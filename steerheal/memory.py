@@ -23,6 +23,7 @@ from steerheal.settings import Settings
 
 GIB = 2**30
 OVERHEAD = 0.8 * GIB  # CUDA context and library work space; no card here to measure it on
+DESKTOP = 2.0 * GIB  # of a card that are not ours: a desktop's own, and the allocator's fragments
 PROMPT = 128  # tokens of a chat prompt; those of the built-in dilemmas are shorter
 NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)  # bytes per weight: 4 bits, an 8-bit scale per 64, a float32 per 256 scales
 LOSS_COPIES, LOSS_LEFT = 6, 2  # float32 logits of one chunk alive at the loss's worst moment; of the chunk before it
@@ -99,6 +100,12 @@ def shape_of(config: Any, dtype: str = "bfloat16", quantise: str = "none", atten
         bytes=2 if dtype == "bfloat16" else 4, quantised=quantise != "none")
 
 
+def allocatable(share: float, total: float) -> float:
+    """What of a card of `total` bytes the allocator of a trial with a `share` of it may hold, as a fraction of the card: the
+    context is not the allocator's, and the desktop's part nobody's."""
+    return max(share * (total - DESKTOP) - OVERHEAD, 0.0) / total
+
+
 def generating(m: Shape, rows: int, prompt: int, new: int) -> float:
     """Sampling `new` tokens in `rows` rows, beside the weights."""
     length = prompt + new
@@ -125,7 +132,7 @@ def saved(m: Shape, s: Settings, rows: int, length: int, device: str) -> tuple[f
     adapted = m.adapted(lo, hi)
     above = m.layers - min(int(lo * m.layers), m.layers - 1)  # gradients flow from the top down to the lowest adapter
     if m.bytes == 2:
-        block, lora = 4 * m.norm_inputs, 2 * (5 * m.hidden + m.queries + m.intermediate)
+        block, lora = 4 * m.norm_inputs, 2 * (2 * m.hidden + m.queries + m.intermediate)
     else:
         block, lora = m.bytes * m.norm_inputs, 4 * (2 * m.hidden + m.intermediate)
     block += m.bytes * (4 * m.queries + 3 * m.intermediate)

@@ -17,9 +17,9 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from steerheal.errors import UserError
+from steerheal.errors import UserError, card_failed, ran_out
 from steerheal.settings import Settings
-from steerheal.weights import is_local, locate, weights_digest
+from steerheal.weights import cards, is_local, locate, weights_digest
 
 IMAGE_TOKENS = ("<start_of_image>", "<end_of_image>", "<image_soft_token>")  # Gemma's; text-only configs do not name them
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -115,9 +115,7 @@ def load(settings: Settings, commit: str = "") -> LM:
         UserError: the model cannot be found, fetched or read; the message says which and what to do.
     """
     path = locate(settings.model, commit)
-    device = settings.device if settings.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("device = cuda: torch sees no CUDA card. Use --set device=cpu, or install a CUDA build of torch.")
+    device = _device(settings.device)
     options: dict[str, Any] = dict(dtype=DTYPES[settings.dtype], attn_implementation=settings.attention,
                                    device_map={"": device}, local_files_only=True)
     if settings.quantise == "nf4":
@@ -132,9 +130,9 @@ def load(settings: Settings, commit: str = "") -> LM:
     try:
         model = AutoModelForCausalLM.from_pretrained(path, **options)
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except torch.OutOfMemoryError:
-        raise  # a trial's end of its own
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        if ran_out(error) or card_failed(error):
+            raise  # a trial's ends of their own, and no fault of the files
         way = "Check it" if is_local(settings.model) else "Delete that folder to fetch it again"
         raise UserError(f"model = {settings.model!r}: {path} cannot be loaded ({type(error).__name__}: "
                         f"{str(error).splitlines()[0]}). {way}, or name another model.") from error
@@ -150,6 +148,30 @@ def load(settings: Settings, commit: str = "") -> LM:
 
     check(lm)
     return lm
+
+
+def _device(wanted: str) -> str:
+    """"cpu", or "cuda" where a card answers. A card that is there and does not answer is an error: on the CPU a search that
+    was meant for it would take weeks, and say nothing.
+
+    Raises:
+        UserError: no card answers, and one was asked for or nvidia-smi shows one.
+    """
+    if wanted == "cpu":
+        return "cpu"
+    way = "--set device=cpu, or CUDA_VISIBLE_DEVICES= before the command, leaves cards alone."
+    if not torch.cuda.is_available():
+        if wanted == "cuda" or cards():
+            built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "a CPU build"
+            raise UserError(f"device = {wanted}: torch {torch.__version__}, {built}, cannot use a CUDA card here. Compare "
+                            f"with the driver that nvidia-smi shows, and install a build of torch for it; {way}")
+        return "cpu"
+    try:
+        torch.zeros(1, device="cuda")
+    except RuntimeError as error:
+        raise UserError(f"device = {wanted}: the card does not answer ({(str(error).splitlines() or [''])[0]}). nvidia-smi "
+                        f"shows driver and memory; {way}") from error
+    return "cuda"
 
 
 def wrap(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str, digest: str,

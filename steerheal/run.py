@@ -9,7 +9,7 @@ from pathlib import Path
 import tyro
 
 from steerheal.cli import merged_flags, run_main, setting_flags
-from steerheal.errors import UserError
+from steerheal.errors import UserError, ran_out
 from steerheal.settings import Settings, from_flat, parse_assignments, preset
 from steerheal.stages import Event, Store, locked
 from steerheal.weights import resolve
@@ -52,8 +52,6 @@ def run(args: Args) -> int:
     personas.load(settings.persona)  # as early, for the same reason
     if args.export:
         must_be_new(args.export, "--export")
-    from torch import OutOfMemoryError
-
     from steerheal import diagnose, models
     from steerheal.single import folder_of
 
@@ -66,7 +64,9 @@ def run(args: Args) -> int:
             return _loop(args, settings, folder)
     except FloatingPointError as error:
         raise UserError(str(error)) from None
-    except OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not ran_out(error):
+            raise
         raise UserError(f"out of memory ({str(error).splitlines()[0]}). `python -m steerheal.doctor --model {settings.model}` "
                         f"says which stage needs how much, and the ways out.") from None
     except BlockingIOError:

@@ -7,6 +7,7 @@ stage store and in the study; everything else is a view, so the same command aga
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import sys
 import time
@@ -159,8 +160,8 @@ def _search(plan: Plan, args: Args) -> int:
 
     _prove_writable(plan.folder)
     if not plan.resumed:
-        alone = args.address or (args.gpus_per_trial or 0) >= 1  # no two trials on one card of this machine
-        doctor.cheap(plan.settings, plan.trials, plan.folder, 1 if alone else args.concurrent)
+        shares = max(math.ceil(len(weights.cards()) / args.gpus_per_trial), 1) if args.gpus_per_trial else args.concurrent
+        doctor.cheap(plan.settings, plan.trials, plan.folder, 1 if args.address else shares)
     # fetched and converted before any worker waits for it; a resumed search stays on the commit it began with
     plan.commit = weights.hub_commit(weights.locate(plan.settings.model, plan.commit))
     plan.write()

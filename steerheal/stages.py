@@ -30,7 +30,7 @@ MAGIC = "steerheal-stage/1"
 # A stage's version is part of its digest. Raise it when the stage's code changes what it computes;
 # tests/test_stage_versions.py reminds you.
 VERSIONS = {
-    "vector": 3, "states": 2, "kl_dose": 2, "completions": 5, "scores": 3, "log_ratio": 2, "diary": 4, "heal": 6,
+    "vector": 3, "states": 2, "kl_dose": 2, "completions": 5, "scores": 3, "log_ratio": 2, "diary": 4, "heal": 7,
     "foundations": 6, "conduct": 2, "fluency": 6, "free_answers": 4,
 }
 

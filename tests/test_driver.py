@@ -46,7 +46,8 @@ def test_each_trial_gets_its_share_of_one_node(found, machine, expected, monkeyp
     import ray
 
     monkeypatch.setattr(ray, "nodes", lambda: found)
-    assert driver._resources(machine) == expected
+    assert driver._resources(machine, "auto") == expected
+    assert driver._resources(machine, "cpu") == expected | dict(gpu=0)  # a card beside it is none of its business
 
 
 def test_more_cards_than_a_node_has_would_wait_for_ever(monkeypatch):
@@ -54,7 +55,7 @@ def test_more_cards_than_a_node_has_would_wait_for_ever(monkeypatch):
 
     monkeypatch.setattr(ray, "nodes", lambda: nodes(dict(CPU=2)))
     with pytest.raises(UserError, match="--gpus-per-trial 1: no node has that many"):
-        driver._resources(Machine(gpus_per_trial=1))
+        driver._resources(Machine(gpus_per_trial=1), "auto")
 
 
 def test_rays_files_are_local_here_and_shared_on_a_cluster(tmp_path):

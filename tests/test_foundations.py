@@ -100,6 +100,22 @@ def test_answers_follow_the_foundation_through_both_frames(lm):
     assert got[0, 1, FOUNDATIONS.index("authority")].item() == pytest.approx(want[label].item(), rel=1e-3)
 
 
+def test_thoughts_that_do_not_fit_are_had_in_smaller_batches(lm, monkeypatch):
+    want = foundations.evaluate(lm, ITEMS[:3], n_shots=0, think_tokens=4).tensors
+    real, sizes = foundations.think, []
+
+    def cramped(lm, prompts, *rest):
+        sizes.append(len(prompts))
+        if len(prompts) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(lm, prompts, *rest)
+
+    monkeypatch.setattr(foundations, "think", cramped)
+    got = foundations.evaluate(lm, ITEMS[:3], n_shots=0, think_tokens=4).tensors
+    assert sizes == [6, 3, 1, 2, 3, 1, 2]
+    torch.testing.assert_close(got["logp"], want["logp"], atol=1e-4, rtol=1e-4)
+
+
 def test_colliding_first_tokens_are_an_error(lm):
     with pytest.raises(UserError, match="same first token"):
         foundations.answer_ids(lm, ["mouse", "moose"])

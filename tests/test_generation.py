@@ -151,14 +151,16 @@ def test_the_dose_halves_along_the_completion(lm):
     assert got.ids == ids[len(PROMPTS[1]) :] and got != generate(lm, [PROMPTS[1]], greedy(10), vector=v, doses=[2.0])[0]
 
 
-def test_a_batch_that_does_not_fit_is_halved_and_that_is_remembered(lm, monkeypatch):
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"),
+                                   RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")])
+def test_a_batch_that_does_not_fit_is_halved_and_that_is_remembered(lm, monkeypatch, error):
     want = generate(lm, PROMPTS, Sampling(8), [1, 2, 3, 4, 5])
     sizes = []
 
     def small_card(module, args, kwargs):
         sizes.append(len(kwargs["input_ids"]))
         if sizes[-1] > 2:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            raise error
 
     monkeypatch.setattr(generation, "_fits", {})
     handle = lm.decoder.register_forward_pre_hook(small_card, with_kwargs=True)
@@ -170,5 +172,9 @@ def test_a_batch_that_does_not_fit_is_halved_and_that_is_remembered(lm, monkeypa
     assert tried == 5 and max(sizes) == 2
     handle = lm.decoder.register_forward_pre_hook(lambda m, a: (_ for _ in ()).throw(torch.OutOfMemoryError("no")))
     with pytest.raises(torch.OutOfMemoryError):
+        generate(lm, PROMPTS, Sampling(8), [1, 2, 3, 4, 5])
+    handle.remove()
+    handle = lm.decoder.register_forward_pre_hook(lambda m, a: (_ for _ in ()).throw(RuntimeError("shapes")))
+    with pytest.raises(RuntimeError, match="shapes"):  # no smaller batch would help
         generate(lm, PROMPTS, Sampling(8), [1, 2, 3, 4, 5])
     handle.remove()

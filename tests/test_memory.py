@@ -15,6 +15,13 @@ SHAPE = dict(hidden_size=96, intermediate_size=256, num_hidden_layers=5, num_att
              bos_token_id=None, pad_token_id=None)
 
 
+def test_shares_of_a_card_leave_the_contexts_and_the_desktop_their_room():
+    total = 24 * memory.GIB
+    caps = [memory.allocatable(share, total) * total for share in (0.5, 0.25)]
+    assert 2 * caps[0] + 2 * memory.OVERHEAD + memory.DESKTOP == pytest.approx(total)
+    assert caps[1] == pytest.approx(0.25 * 22 * memory.GIB - memory.OVERHEAD) and memory.allocatable(0.01, total) == 0.0
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "f32"])
 @pytest.mark.parametrize("config", [
     LlamaConfig(vocab_size=4096, tie_word_embeddings=True, **SHAPE),

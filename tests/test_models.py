@@ -1,6 +1,7 @@
 import dataclasses
 import hashlib
 import json
+import re
 import shutil
 import types
 import zipfile
@@ -10,7 +11,7 @@ import torch
 from conftest import TEMPLATE, make_lm, make_model, make_tokenizer
 from transformers import GraniteConfig, GraniteForCausalLM, Lfm2Config, Lfm2ForCausalLM
 
-from steerheal import chat, models, weights
+from steerheal import architectures, chat, models, weights
 from steerheal.errors import UserError
 from steerheal.settings import from_flat
 from steerheal.weights import WheelModel
@@ -44,13 +45,29 @@ def test_only_the_hubs_own_snapshots_are_known_by_their_commit(tmp_path):
     assert weights.hub_commit(tmp_path / "project" / "snapshots" / "final") == ""
 
 
-def test_memory_that_runs_out_while_loading_is_no_fault_of_the_folder(tiny_folder, cache, monkeypatch):
-    def full(*args, **kw):
-        raise torch.OutOfMemoryError("CUDA out of memory")
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("CUDA error: launch failure"),
+                                   RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)"),
+                                   torch.AcceleratorError("CUDA error: an illegal memory access was encountered")])
+@pytest.mark.parametrize("where", ["from_pretrained", "hidden_states"])
+def test_what_fails_on_the_card_is_no_fault_of_the_folder(tiny_folder, cache, monkeypatch, where, error):
+    def failing(*args, **kw):
+        raise error
 
-    monkeypatch.setattr(models.AutoModelForCausalLM, "from_pretrained", full)
-    with pytest.raises(torch.OutOfMemoryError):
+    monkeypatch.setattr(models.AutoModelForCausalLM if where == "from_pretrained" else architectures, where, failing)
+    with pytest.raises(type(error), match=re.escape(str(error)[:20])):
         models.load(from_flat({"model": str(tiny_folder)}))
+
+
+def test_a_card_that_cannot_be_used_is_not_passed_over(monkeypatch):
+    monkeypatch.setattr(models, "cards", lambda: [("NVIDIA GeForce RTX 3090", 24.0, 23.0)])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match=r"device = auto: torch .* cannot use a CUDA card here.*--set device=cpu"):
+        models._device("auto")
+    assert models._device("cpu") == "cpu"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "zeros", lambda *args, **kw: (_ for _ in ()).throw(RuntimeError("driver is too old\nmore")))
+    with pytest.raises(UserError, match=r"the card does not answer \(driver is too old\)"):
+        models._device("auto")
 
 
 @pytest.mark.parametrize("visible,asked", [(None, []), ("1", ["--id=1"]), ("", None), ("-1", None)])

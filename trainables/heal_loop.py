@@ -18,7 +18,7 @@ from typing import Any
 from ray import tune
 
 from steerheal import events
-from steerheal.errors import Stop, UserError
+from steerheal.errors import Stop, UserError, card_failed, ran_out
 from steerheal.settings import from_flat
 from steerheal.stages import Event, Store, atomic_write
 
@@ -47,7 +47,7 @@ class HealTrial(tune.Trainable):
 
     def _open(self) -> None:
         """Build the loop on first use, so that bad settings end as this trial's error."""
-        from steerheal import models
+        from steerheal import memory, models
         from steerheal.loop import HealLoop
         from steerheal.plan import contents
 
@@ -60,11 +60,12 @@ class HealTrial(tune.Trainable):
             self._note("loading the model", "start")
             self.lm, self.lm_settings = None, ()
             gc.collect()  # two models at once may not fit
-            if 0 < self.trial_config["gpu"] < 1:
+            if 0 < self.trial_config["gpu"] < 1 and settings.device != "cpu":
                 import torch
 
                 torch.cuda.empty_cache()
-                torch.cuda.set_per_process_memory_fraction(self.trial_config["gpu"])  # the rest is another trial's
+                total = torch.cuda.get_device_properties(0).total_memory
+                torch.cuda.set_per_process_memory_fraction(memory.allocatable(self.trial_config["gpu"], total))
             self.lm, self.lm_settings = models.load(settings, self.trial_config["commit"]), wanted
         self.loop = HealLoop(settings, self.lm, Store(self.trial_config["store"], self._on_event))
         self.rounds = self.loop.rounds()
@@ -94,7 +95,7 @@ class HealTrial(tune.Trainable):
         except MemoryError as error:
             result |= dict(end="out of memory", error=str(error))
         except Exception as error:
-            oom = type(error).__name__ == "OutOfMemoryError"  # torch's: CUDA ran out
+            oom = ran_out(error)
             log = self.folder / "errors" / f"trial-{self.index}.txt"
             result |= dict(end="out of memory" if oom else "error",
                            error=f"{type(error).__name__}: {error} (traceback in {log})")
@@ -103,7 +104,7 @@ class HealTrial(tune.Trainable):
                 self._note(result["error"], "error")
             except UserError as full:
                 result |= dict(error=str(full), fatal=True)
-            if "CUDA error" in str(error):  # this process can never use the card again, and the next trials are its, too
+            if card_failed(error) and not oom:  # this process can never use the card again, and the next trials are its, too
                 os._exit(1)  # Ray starts the trial again in another
         result["done"] = bool(result["end"])
         self.last = result

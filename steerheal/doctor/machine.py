@@ -11,9 +11,8 @@ from pathlib import Path
 from steerheal import weights
 from steerheal.doctor import model
 from steerheal.errors import UserError
+from steerheal.memory import DESKTOP, GIB
 from steerheal.settings import Settings
-
-DESKTOP = 2.0  # GiB that are not ours: a desktop's own, and the allocator's fragments
 
 
 def python() -> str:
@@ -34,7 +33,7 @@ def torch_build(settings: Settings) -> str:
 def budget() -> float:
     """GiB that a search may use on the first card; 0 without one."""
     found = weights.cards()
-    return min(found[0][1] - DESKTOP, found[0][2]) if found else 0.0
+    return min(found[0][1] - DESKTOP / GIB, found[0][2]) if found else 0.0
 
 
 def card(settings: Settings) -> str:

@@ -17,7 +17,7 @@ import torch
 
 from steerheal import chat, filtering, healing, models, personas, steering
 from steerheal.dosing import MAX_PROBES
-from steerheal.errors import UserError
+from steerheal.errors import UserError, ran_out
 from steerheal.evaluation import conduct, foundations
 from steerheal.generation import Completion, Sampling, generate
 from steerheal.history import Student
@@ -81,7 +81,9 @@ def _timed(stage: str, run: Callable[[], object], scale: float) -> Timed:
     started = time.monotonic()
     try:
         run()
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not ran_out(error):
+            raise
         raise UserError(f"the card ran out of memory in '{stage}'. Ways out: --set quantise=nf4, "
                         f"heal.gradient_checkpointing=true, a smaller heal.micro_batch or generate.prompts") from None
     if cuda:
