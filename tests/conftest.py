@@ -28,8 +28,10 @@ from transformers import (
 from steerheal import models as steerheal_models
 from steerheal.healing import Sample, heal
 from steerheal.history import Student
+from steerheal.loop import HealLoop
 from steerheal.personas import FOUNDATIONS
-from steerheal.settings import HealSettings
+from steerheal.settings import HealSettings, from_flat
+from steerheal.stages import Store
 
 TEMPLATE = ("{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
             "{% if add_generation_prompt %}<|assistant|>{% endif %}")
@@ -130,6 +132,20 @@ TINY = {
     "evaluate.n_items": 7, "evaluate.shots": 0, "evaluate.n_conduct": 2, "evaluate.n_fluency": 2,
     "evaluate.fluency_tokens": 8, "evaluate.ladder": [1.0], "evaluate.trait": "conduct",
 }
+
+def run_loop(store_folder, lm=None, **overrides):
+    """(loop, its rounds, the events of its stages) of TINY with `overrides`."""
+    events = []
+    loop = HealLoop(from_flat(TINY | overrides), lm or make_lm(), Store(store_folder, events.append))
+    return loop, list(loop.rounds()), events
+
+
+@pytest.fixture(scope="session")
+def first(tmp_path_factory):
+    """A run of TINY, which others may share the store of: (store, its rounds, the events of its stages)."""
+    store = tmp_path_factory.mktemp("first")
+    return store, *run_loop(store)[1:]
+
 
 IDS = torch.tensor([[5, 6, 7, 8, 9]])
 

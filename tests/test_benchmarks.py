@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks import plain
-from steerheal import forward, healing, personas, steering
+from steerheal import forward, generation, healing, personas, steering
 from steerheal.evaluation import foundations
 from steerheal.healing import Sample
 from steerheal.history import Student
@@ -38,6 +38,17 @@ def test_likelihoods(lm):
     prompts, replies = [[1, 2, 3], [1, 2, 3], [9, 8]], [[4, 5, 6, 7], [4], [7, 7]]
     for p, r, ours in zip(prompts, replies, forward.token_logps(lm, prompts, replies)):
         torch.testing.assert_close(-ours, plain.token_nll(lm, p, r), atol=1e-5, rtol=1e-4)
+
+
+def test_generation(lm, monkeypatch):
+    """The likeliest token at each step, steered at a dose of each row's own."""
+    real = plain.sampling
+    monkeypatch.setattr(plain, "sampling", lambda *args: real(*args) | dict(top_k=1))
+    vector = steering.Vector({1: torch.randn(32, generator=torch.Generator().manual_seed(0))})
+    prompts, doses = [[1, 2, 3], [1, 2, 3], [9, 8, 7, 6, 5]], [0.0, 2.0, 1.0]
+    ours = generation.generate(lm, prompts, generation.Sampling(8, 1.0, 0.95, 1), [1, 2, 3], vector, doses)
+    theirs = plain.generate(lm, prompts, vector, doses, 8, [*lm.eos_ids, *lm.banned.tolist()])
+    assert [c.ids for c in ours] == theirs and theirs[0] != theirs[1]
 
 
 def test_healing(lm):

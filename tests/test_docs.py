@@ -101,9 +101,9 @@ def with_intervals(names):
     return [name + end for name in names for end in ("", "_low", "_high")]
 
 
-def test_every_column_of_a_ledger_is_described_and_nothing_else(tmp_path):
+def test_every_column_of_a_ledger_is_described_and_nothing_else(first):
     study = optuna.create_study(directions=["maximize"] * 2)
-    loop = HealLoop(from_flat(TINY), make_lm(), Store(tmp_path))
+    loop = HealLoop(from_flat(TINY), make_lm(), Store(first[0]))
     trial = study.ask({"heal.tau": optuna.distributions.FloatDistribution(0.0, 1.0)})
     trial.set_user_attr("index", 0)
     trial.set_user_attr("rounds", [round_.row() for round_ in loop.rounds()])

@@ -28,8 +28,8 @@ def test_each_answer_follows_its_number():
     assert "round 1 fell" in gates.answers([ROW, ROW | dict(coherence_kept=0.6), ROW])["Q2"]
 
 
-def test_every_round_of_a_loop_answers_all(tmp_path):
-    loop = HealLoop(from_flat(TINY), make_lm(), Store(tmp_path))
+def test_every_round_of_a_loop_answers_all(first):
+    loop = HealLoop(from_flat(TINY), make_lm(), Store(first[0]))
     rows = [ledger._plain(r.row()) for r in loop.rounds()]
     for i in range(len(rows)):
         assert set(gates.answers(rows[: i + 1])) == {"G1", "Q0", "G3", "Q1", "Q2", "Q3"}

@@ -14,7 +14,7 @@ import fake_hub
 import psutil
 import pytest
 from fake_hub import COMMITS, NAME
-from test_search import command, run, start, wait_for
+from test_search import command, start, wait_for
 
 from steerheal.errors import UserError
 from steerheal.stages import Result, Store
@@ -43,19 +43,33 @@ def night(tiny_folder, tmp_path_factory):
 
 
 @pytest.mark.search
-def test_a_search_stays_on_its_commit_and_needs_no_network_to_resume_or_merge(night, monkeypatch):
+def test_a_search_stays_on_its_commit_sleeps_and_needs_no_network_to_resume_or_merge(night, monkeypatch):
+    """The resumed search is stopped for longer than Ray's heartbeat, every process of it, as a closed lid does it."""
     out, hub = night
-    assert json.loads((out / "quickstart" / "search.json").read_text())["commit"] == COMMITS[0]
+    folder = out / "quickstart"
+    assert json.loads((folder / "search.json").read_text())["commit"] == COMMITS[0]
     hub.head = COMMITS[1]
     pull = "from huggingface_hub import snapshot_download; print(snapshot_download('someone/tiny'))"
     newer = subprocess.run([sys.executable, "-c", pull], capture_output=True, text=True, check=True).stdout
     assert COMMITS[1] in newer  # some other program moved the cache's `main`
     hub.asked.clear()
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    text, code = run(NAME, out, trials=2)
-    assert code == 0, text
+    before = set((folder / "events").glob("*.jsonl"))
+    process = start(NAME, out, trials=2)
+    wait_for(out, lambda seen: set((folder / "events").glob("*.jsonl")) - before, process)
+    family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+    [worker] = set((folder / "events").glob("*.jsonl")) - before
+    environ = Path(f"/proc/{worker.stem.split('-')[-1]}/environ").read_bytes().decode().split("\0")
+    for signal_, seconds in ((signal.SIGSTOP, 15), (signal.SIGCONT, 0)):
+        for member in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                member.send_signal(signal_)
+        time.sleep(seconds)
+    text, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, text
+    assert "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True" in environ and "HF_HUB_OFFLINE=1" in environ
     assert models_of(out) == 1
-    done = subprocess.run([sys.executable, "-m", "steerheal.pick", str(out / "quickstart"), "--index", "0", "--merge",
+    done = subprocess.run([sys.executable, "-m", "steerheal.pick", str(folder), "--index", "0", "--merge",
                            str(out / "merged")], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"commit {COMMITS[0]}" in (out / "merged" / "README.md").read_text()
@@ -68,25 +82,6 @@ def models_of(out):
     store = Store(out / ".stages")
     heads = [store.head(path.name) for path in store.root.glob("*/*") if not path.suffix]
     return len({head["inputs"]["model"] for head in heads if "model" in head["inputs"]})
-
-
-@pytest.mark.search
-def test_a_search_that_slept_goes_on_and_its_workers_are_set_up_for_it(night):
-    """Every process stopped for longer than Ray's heartbeat, as a closed lid does it. Workers start offline."""
-    out, _ = night
-    process = start(NAME, out, "--seed", "1", "--name", "slept", trials=2)
-    wait_for(out, lambda seen: list((out / "slept" / "events").glob("*.jsonl")), process)
-    family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
-    [worker] = (out / "slept" / "events").glob("*.jsonl")
-    environ = Path(f"/proc/{worker.stem.split('-')[-1]}/environ").read_bytes().decode().split("\0")
-    for signal_, seconds in ((signal.SIGSTOP, 15), (signal.SIGCONT, 0)):
-        for member in family:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                member.send_signal(signal_)
-        time.sleep(seconds)
-    text, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, text
-    assert "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True" in environ and "HF_HUB_OFFLINE=1" in environ
 
 
 def test_durations_do_not_follow_a_clock_that_jumps(tmp_path, monkeypatch):

@@ -112,3 +112,22 @@ def test_intervals_cover_on_real_skewed_items():
         covered[model, dose, readout] = np.mean((low <= population.mean()) & (population.mean() <= high))
         assert readings.mean(samples[0])[1:] == pytest.approx((low[0], high[0]), abs=0.1 * (high[0] - low[0]))
     assert len(covered) == 16 and all(0.92 <= c <= 0.97 for c in covered.values()), covered
+
+
+def test_intervals_of_paired_differences_cover_a_little_less():
+    """Gains are these: of steered over unsteered, of a mean (conduct) or of the log of one (foundations)."""
+    table = pd.read_csv(Path(__file__).parent.parent / "benchmarks" / "results" / "items.csv")
+    covered = {}
+    for (model, readout), rows in table[table["readout"].isin(["p[care]", "p[authority]", "conduct"])].groupby(
+            ["model", "readout"]):
+        values = rows.pivot(index="item", columns="dose", values="value")
+        read = np.log if readout.startswith("p[") else lambda mean: mean
+        n = 24 if readout == "conduct" else 70
+        for dose in (2, 4):
+            steered, base = values[dose].to_numpy(), values[0].to_numpy()
+            truth = read(steered.mean()) - read(base.mean())
+            drawn = np.random.default_rng(0).integers(0, len(base), (4000, n))
+            w = _weights(n)[1:2001].T
+            low, high = np.percentile(read(steered[drawn] @ w) - read(base[drawn] @ w), readings._levels(n), axis=1)
+            covered[model, readout, dose] = np.mean((low <= truth) & (truth <= high))
+    assert len(covered) == 10 and all(0.89 <= c <= 0.97 for c in covered.values()), covered

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import json
 import os
 import re
@@ -18,6 +19,8 @@ from conftest import TINY
 
 from benchmarks import driving
 from steerheal import ledger, searcher
+from steerheal import run as one_run
+from steerheal.errors import UserError
 from steerheal.stages import locked
 
 pytestmark = pytest.mark.search
@@ -66,9 +69,13 @@ def wait_for(out, condition, process):
 
 @pytest.fixture(scope="module")
 def undisturbed(tiny_folder, tmp_path_factory):
+    """A search of three trials, begun anew over a torn folder with one and then extended."""
     out = tmp_path_factory.mktemp("undisturbed")
-    text, code = run(tiny_folder, out)
-    assert code == 0, text
+    (out / "quickstart").mkdir()
+    (out / "quickstart" / "search.json").write_text("{torn")
+    for trials, extra in ((1, ["--restart"]), (3, [])):
+        text, code = run(tiny_folder, out, *extra, trials=trials)
+        assert code == 0, text
     return out, text
 
 
@@ -85,6 +92,8 @@ def test_a_search_leaves_everything_it_promises(undisturbed):
     adapters = {p.parent.relative_to(folder / "adapters") for p in (folder / "adapters").rglob("adapter_config.json")}
     assert adapters == {Path(str(t)) / f"r{r}" for t, r in zip(front["trial"], front["round"])}
     assert max(computed(out).values()) == 1
+    assert [path.read_text() for path in out.glob("quickstart.*/search.json")] == ["{torn"]  # moved aside by --restart
+    assert "1 of 3 trials are finished, going on" in text
 
 
 def test_a_stage_is_computed_by_one_trial_and_read_by_the_others(undisturbed):
@@ -113,7 +122,10 @@ def test_ctrl_c_waits_for_the_stage_however_long_it_lasts_and_the_same_command_g
     os.kill(worker, signal.SIGSTOP)  # from now on the stage takes as long as we like
     running = driving.events(folder)[-1]
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to every process of the job
-    time.sleep(15)  # Ray kills a worker ten seconds after it has told it to stop
+    stopped = time.monotonic()
+    text, code = run(tiny_folder, tmp_path)  # as an impatient user does
+    assert code == 2 and "in use by another" in text
+    time.sleep(max(0, stopped + 15 - time.monotonic()))  # Ray kills a worker ten seconds after it has told it to stop
     assert process.poll() is None
     os.kill(worker, signal.SIGCONT)
     text = process.communicate(timeout=300)[0]
@@ -126,7 +138,7 @@ def test_ctrl_c_waits_for_the_stage_however_long_it_lasts_and_the_same_command_g
     text, code = run(tiny_folder, tmp_path)
     assert code == 0, text
     assert max(computed(tmp_path).values()) == 1
-    pd.testing.assert_frame_equal(table(tmp_path), table(undisturbed[0]))
+    pd.testing.assert_frame_equal(table(tmp_path), table(undisturbed[0]))  # which was extended, where this was not
 
 
 def test_a_resume_that_differs_is_refused_field_by_field(undisturbed, tiny_folder):
@@ -136,26 +148,12 @@ def test_a_resume_that_differs_is_refused_field_by_field(undisturbed, tiny_folde
     assert "--name" in text and "--restart" in text and "Traceback" not in text
 
 
-def test_a_second_driver_is_locked_out(tiny_folder, tmp_path):
+def test_sigterm_stops_a_search_as_ctrl_c_does(tiny_folder, tmp_path):
     process = start(tiny_folder, tmp_path)
     wait_for(tmp_path, lambda es: bool(es), process)
-    text, code = run(tiny_folder, tmp_path)
     os.kill(process.pid, signal.SIGTERM)
     stopped = process.communicate(timeout=300)[0]
-    assert code == 2 and "in use by another" in text
-    assert process.returncode == 75, stopped
-
-
-def test_restart_moves_the_folder_aside_and_extending_keeps_the_old_trials(undisturbed, tiny_folder):
-    out, _ = undisturbed
-    total = len(computed(out))
-    (out / "old").mkdir()
-    (out / "old" / "search.json").write_text("{torn")
-    for trials, extra in ((1, ["--restart"]), (3, [])):
-        text, code = run(tiny_folder, out, "--name", "old", *extra, trials=trials)
-        assert code == 0 and "stages: 0 computed" in text, text  # the store has them from the other search
-    assert len(list(out.glob("old.*/search.json"))) == 1 and len(computed(out)) == total
-    pd.testing.assert_frame_equal(table(out, "old"), table(out))
+    assert process.returncode == 75 and "the same command goes on" in stopped, stopped
 
 
 def test_what_interrupted_runs_leave_open_is_closed(tmp_path):
@@ -180,21 +178,10 @@ def test_what_interrupted_runs_leave_open_is_closed(tmp_path):
 
 
 def test_picking_from_the_front(undisturbed, tmp_path):
-    out, _ = undisturbed
-
-    def pick(*args):
-        done = subprocess.run([sys.executable, "-m", "steerheal.pick", str(out / "quickstart"), *args], cwd=ROOT, text=True,
-                              capture_output=True, timeout=120)
-        return done.returncode, done.stdout + done.stderr
-
-    code, text = pick("--min-coherence", "0.5", "--export", str(tmp_path / "mine"))
-    assert code == 0 and (tmp_path / "mine" / "adapter_config.json").exists(), text
-    code, text = pick("--index", "99")
-    assert code == 2 and "allowed: 0 to" in text
-    code, text = pick("--min-coherence", "2")
-    assert code == 2 and "the front's best is" in text
-    code, text = pick("--index", "0", "--export", str(tmp_path / "mine"))
-    assert code == 2 and "exists already" in text
+    folder = str(undisturbed[0] / "quickstart")
+    done = subprocess.run([sys.executable, "-m", "steerheal.pick", folder, "--min-coherence", "0.5", "--export",
+                           str(tmp_path / "mine")], cwd=ROOT, text=True, capture_output=True, timeout=120)
+    assert done.returncode == 0 and (tmp_path / "mine" / "adapter_config.json").exists(), done.stdout + done.stderr
 
 
 def test_one_loop_without_a_search_gives_the_searchs_numbers(undisturbed, tiny_folder, tmp_path):
@@ -211,9 +198,9 @@ def test_one_loop_without_a_search_gives_the_searchs_numbers(undisturbed, tiny_f
     assert f"trait gain {first['trait_gain']:+.3f}" in done.stdout
     assert not re.search(r"^  \S.* s$", done.stdout, re.MULTILINE)  # nothing was computed
     assert (tmp_path / "a" / "adapter_config.json").exists()
-    over = subprocess.run([*command, *export], cwd=ROOT, text=True, capture_output=True, timeout=200)
-    assert over.returncode == 2 and "exists already; name a new folder" in over.stderr
+    args = one_run.Args(out=out, set=tuple(overrides))
+    with pytest.raises(UserError, match="exists already; name a new folder"):
+        one_run.run(dataclasses.replace(args, export=tmp_path / "a"))
     folder, = out.glob("run-*")
-    with locked(folder / ".lock"):
-        again = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, timeout=200)
-    assert again.returncode == 2 and "another process is at this very run" in again.stderr, again.stderr
+    with locked(folder / ".lock"), pytest.raises(UserError, match="another process is at this very run"):
+        one_run.run(args)
