@@ -9,7 +9,7 @@ from pathlib import Path
 import tyro
 
 from steerheal.cli import merged_flags, run_main, setting_flags
-from steerheal.errors import UserError, ran_out
+from steerheal.errors import UserError, card_failed, ran_out
 from steerheal.settings import Settings, from_flat, parse_assignments, preset
 from steerheal.stages import Event, Store, locked
 from steerheal.weights import resolve
@@ -65,6 +65,9 @@ def run(args: Args) -> int:
     except FloatingPointError as error:
         raise UserError(str(error)) from None
     except RuntimeError as error:
+        if card_failed(error) and not ran_out(error):
+            raise UserError(f"the card failed ({str(error).splitlines()[0]}). nvidia-smi shows whether it still answers; the same "
+                            f"command then replays what it has finished.") from None
         if not ran_out(error):
             raise
         raise UserError(f"out of memory ({str(error).splitlines()[0]}). `python -m steerheal.doctor --model {settings.model}` "

@@ -111,7 +111,8 @@ def test_every_setting_is_a_flag_of_run():
 
 
 @pytest.mark.parametrize("error,words", [(FloatingPointError("the loss is nan. A smaller heal.lr"), "A smaller heal.lr"),
-                                         (OutOfMemoryError("CUDA out of memory"), "steerheal.doctor --model")])
+                                         (OutOfMemoryError("CUDA out of memory"), "steerheal.doctor --model"),
+                                         (RuntimeError("CUDA error: launch failure"), "the card failed .*the same command")])
 def test_a_single_run_that_cannot_go_on_says_why(error, words, tiny_folder, tmp_path, monkeypatch):
     def fails(*args):
         raise error
