@@ -66,7 +66,7 @@ def run(args: Args) -> int:
         raise UserError(str(error)) from None
     except RuntimeError as error:
         if card_failed(error) and not ran_out(error):
-            raise UserError(f"the card failed ({str(error).splitlines()[0]}). nvidia-smi shows whether it still answers; the same "
+            raise UserError(f"the card failed ({str(error).splitlines()[0]}). nvidia-smi shows whether it answers; the same "
                             f"command then replays what it has finished.") from None
         if not ran_out(error):
             raise
