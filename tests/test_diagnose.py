@@ -1,10 +1,7 @@
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 from conftest import TINY, make_lm
 
+from steerheal import run
 from steerheal.diagnose import Diagnosis, diagnose
 from steerheal.errors import UserError
 from steerheal.evaluation.readings import Estimate
@@ -42,10 +39,9 @@ def test_too_few_dilemmas_name_the_way_out(tmp_path):
         diagnose(from_flat(SETTINGS | {"evaluate.n_conduct": 44}), make_lm(), Store(tmp_path))
 
 
-def test_the_command_line_diagnoses(tiny_folder, tmp_path):
-    flat = {k: str(v).lower() if isinstance(v, bool) else v for k, v in SETTINGS.items()}
-    done = subprocess.run([sys.executable, "-m", "steerheal.run", "--diagnose", "--model", str(tiny_folder), "--out",
-                           str(tmp_path), "--set", *(f"{k}={v}" for k, v in flat.items())],
-                          cwd=Path(__file__).parent.parent, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert "express it" in done.stdout and "The readout" in done.stdout
+def test_the_command_line_diagnoses(tiny_folder, tmp_path, capsys):
+    flat = {k: str(v).lower() if isinstance(v, bool) else v for k, v in (SETTINGS | {"evaluate.n_conduct": 2}).items()}
+    assert run.run(run.Args(model=str(tiny_folder), out=tmp_path, diagnose=True,
+                            set=tuple(f"{k}={v}" for k, v in flat.items()))) == 0
+    said = capsys.readouterr().out
+    assert "express it" in said and "The readout" in said

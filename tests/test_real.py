@@ -15,7 +15,7 @@ from steerheal.stages import Store
 pytestmark = pytest.mark.real
 
 MODEL = "smollm2-135m-instruct"
-SMALL = {"model": MODEL, "rounds": 1, "steer.contexts": 32, "generate.prompts": 8, "generate.n_keep": 24,
+SMALL = {"model": MODEL, "rounds": 1, "steer.contexts": 32, "generate.prompts": 8, "generate.n_keep": 18,
          "generate.max_new_tokens": 32, "heal.epochs": 2, "heal.lr": 5e-4, "heal.lam": 1.0, "evaluate.n_items": 7,
          "evaluate.n_conduct": 16, "evaluate.n_fluency": 8, "evaluate.fluency_tokens": 24, "evaluate.ladder": [1.0]}
 
