@@ -69,13 +69,13 @@ def test_four_bit_weights_are_smaller_and_nothing_else_is():
     assert memory.healing(bf16, s, 64, 128, 512, "cuda") == memory.healing(nf4, s, 64, 128, 512, "cuda")
 
 
-def test_rounds_leave_nothing_behind(tmp_path, monkeypatch):
+def test_rounds_leave_nothing_behind(first, monkeypatch):
     """After round 3 as much is alive as after round 1, but for the history, which grows by one adapter a round."""
     monkeypatch.setattr(objectives, "finished", lambda outcomes, rounds: "rounds" if len(outcomes) == rounds else None)
     lm = make_lm()
     alive = {}
     with Live(lm.model) as live:
-        loop = HealLoop(from_flat(TINY | {"rounds": 4, "generate.n_keep": 6}), lm, Store(tmp_path))
+        loop = HealLoop(from_flat(TINY | {"rounds": 4, "generate.n_keep": 6}), lm, Store(first[0]))
         for round_ in loop.rounds():
             history = sum(layer.lora_A["history"].weight.nbytes + layer.lora_B["history"].weight.nbytes
                           for layer in loop.bench.student.layers.values())

@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import numpy as np
 import pandas as pd
@@ -14,9 +15,10 @@ from steerheal.stages import Store
 
 
 @pytest.fixture(scope="module")
-def search(tmp_path_factory):
+def search(first, tmp_path_factory):
     """A folder as a search leaves it, for one trial of two rounds, with the filter on."""
     out = tmp_path_factory.mktemp("results")
+    shutil.copytree(first[0], out / ".stages")  # which has what no filter changes
     settings = from_flat(TINY | {"filter.coherence": True, "filter.ppl_gate": 300.0, "filter.soup_gate": 6.0})
     loop = HealLoop(settings, make_lm(), Store(out / ".stages"))
     rounds = list(loop.rounds())
