@@ -64,29 +64,30 @@ def heal(student: Student, samples: Sequence[Sample], settings: HealSettings, la
     """
     order = _permutation(len(samples), run_seed, round_index, "split")
     n_val = max(len(samples) // 8, 1)
-    with training(student.lm):
-        train = sorted(order[n_val:])
-        reference = {}
-        if settings.barrier != "nll":
+    train = sorted(order[n_val:])
+    reference = {}
+    if settings.barrier != "nll":
+        with training(student.lm):
             reference = dict(zip(train, _reference_states(student, [samples[i] for i in train], settings.ref)))
-        parameters = student.start_round(student.targets(*settings.band), settings.r, run_seed, round_index)
-        # autocast takes an adapter's input in bfloat16; PEFT would make float32 of it first, anew for each linear layer
-        direct = disable_input_dtype_casting(student.lm.model, active=student.lm.model.dtype == torch.bfloat16)
-        try:
-            with direct:
-                record = _train(student, parameters, samples, train, order[:n_val], reference, settings, lam,
-                                (run_seed, round_index))
-        finally:
-            factors = student.finish_round()
+    parameters = student.start_round(student.targets(*settings.band), settings.r, run_seed, round_index)
+    try:
+        with training(student.lm):
+            record = _train(student, parameters, samples, train, order[:n_val], reference, settings, lam,
+                            (run_seed, round_index))
+    finally:
+        factors = student.finish_round()
     return factors, record
 
 
 @contextlib.contextmanager
 def training(lm: LM) -> Iterator[None]:
     """What a step runs under. The float32 adapters multiply in the base's bfloat16: a fifth faster, and the reference sees the
-    same rounding. Without cache_enabled=False autocast would go on using the bfloat16 copies of the first step's weights."""
-    autocast = torch.autocast(lm.device.type, torch.bfloat16, cache_enabled=False, enabled=lm.model.dtype == torch.bfloat16)
-    with cpu.products(lm), attention_by_rows(), autocast:
+    same rounding. Without cache_enabled=False autocast would go on using the bfloat16 copies of the first step's weights. PEFT
+    would make float32 of an adapter's input before autocast takes it in bfloat16, anew for each linear layer: the layers that
+    are there pass it on as it is."""
+    short = lm.model.dtype == torch.bfloat16
+    autocast = torch.autocast(lm.device.type, torch.bfloat16, cache_enabled=False, enabled=short)
+    with cpu.products(lm), attention_by_rows(), autocast, disable_input_dtype_casting(lm.model, active=short):
         yield
 
 
