@@ -115,7 +115,7 @@ def load(settings: Settings, commit: str = "") -> LM:
         UserError: the model cannot be found, fetched or read; the message says which and what to do.
     """
     path = locate(settings.model, commit)
-    device = _device(settings.device)
+    device = usable_device(settings.device)
     options: dict[str, Any] = dict(dtype=DTYPES[settings.dtype], attn_implementation=settings.attention,
                                    device_map={"": device}, local_files_only=True)
     if settings.quantise == "nf4":
@@ -150,7 +150,7 @@ def load(settings: Settings, commit: str = "") -> LM:
     return lm
 
 
-def _device(wanted: str) -> str:
+def usable_device(wanted: str) -> str:
     """"cpu", or "cuda" where a card answers. A card that is there and does not answer is an error: on the CPU a search that
     was meant for it would take weeks, and say nothing.
 

@@ -62,12 +62,12 @@ def test_a_card_that_cannot_be_used_is_not_passed_over(monkeypatch):
     monkeypatch.setattr(models, "cards", lambda: [("NVIDIA GeForce RTX 3090", 24.0, 23.0)])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match=r"device = auto: torch .* cannot use a CUDA card here.*--set device=cpu"):
-        models._device("auto")
-    assert models._device("cpu") == "cpu"
+        models.usable_device("auto")
+    assert models.usable_device("cpu") == "cpu"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch, "zeros", lambda *args, **kw: (_ for _ in ()).throw(RuntimeError("driver is too old\nmore")))
     with pytest.raises(UserError, match=r"the card does not answer \(driver is too old\)"):
-        models._device("auto")
+        models.usable_device("auto")
 
 
 @pytest.mark.parametrize("visible,asked", [(None, []), ("1", ["--id=1"]), ("", None), ("-1", None)])

@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import re
+import shutil
 import sys
 import types
 from html.parser import HTMLParser
@@ -18,7 +19,7 @@ import torch
 from markdown_it import MarkdownIt
 
 import steerheal
-from analysis import diary, page, report
+from analysis import diary, noise, page, report
 from steerheal import ledger
 from steerheal.errors import UserError
 from steerheal.personas import FOUNDATIONS
@@ -94,6 +95,15 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "steerheal.records", fake)
     monkeypatch.setattr(steerheal, "records", fake, raising=False)
     return out
+
+
+def test_item_noise_is_paired_as_long_as_readouts_are_stored(folder):
+    """Both members' items carry one pattern of noise, which their difference is rid of."""
+    paired = noise.data(folder).differences.iloc[0]
+    assert (paired["a"], paired["b"], paired["objective"]) == ("0.1", "0.0", "trait_gain")
+    assert paired["item_noise"] == pytest.approx(0, abs=1e-6) and paired["verdict"] == "clear of items only"
+    shutil.rmtree(folder.parent / ".stages")
+    assert noise.data(folder).differences.iloc[0]["item_noise"] == pytest.approx(math.hypot(0.05, 0.05))
 
 
 class Texts(HTMLParser):

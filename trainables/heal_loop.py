@@ -60,7 +60,7 @@ class HealTrial(tune.Trainable):
             self._note("loading the model", "start")
             self.lm, self.lm_settings = None, ()
             gc.collect()  # two models at once may not fit
-            if 0 < self.trial_config["gpu"] < 1 and settings.device != "cpu":
+            if 0 < self.trial_config["gpu"] < 1 and models.usable_device(settings.device) == "cuda":
                 import torch
 
                 torch.cuda.empty_cache()
