@@ -2,16 +2,17 @@
 
 Readouts ask for sequences that share much: worked examples before every vignette, one dilemma before four replies, a
 persona before every context. Sequences are merged into a tree of tokens; a pack of tree nodes runs as one row, with
-the node's depth as position and a mask that lets a token see its ancestors only. Nothing is padded, nothing shared is
-computed twice, and what a sequence gets does not depend on its neighbours beyond rounding. (Tree attention as in
-SpecInfer, Miao et al. 2024, arXiv:2305.09781, used here for scoring.)
+the node's depth as position, and a token sees its ancestors only. Nothing is padded, nothing shared is computed twice,
+and what a sequence gets does not depend on its neighbours beyond rounding. (Tree attention as in SpecInfer, Miao et al.
+2024, arXiv:2305.09781, used here for scoring.) Attention alone is done by sequences, each a row: over a pack as a whole
+it would be done for every pair of nodes, most of which do not see each other.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,9 +23,11 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from steerheal.models import LM
 
-PACK_TOKENS = {"cpu": 384, "cuda": 2048}  # tree nodes per forward pass: enough to saturate the device, and no more,
-# because attention inside a pack is dense
+PACK_TOKENS = {"cpu": 1024, "cuda": 2048}  # tree nodes per forward pass: enough to saturate the device
+WHOLE_TOKENS = {"cpu": 384, "cuda": 2048}  # of a pack whose attention is done as a whole
+LONG_PREFIX = 256  # from here on it is: every row would read the prefix anew
 LOGIT_ROWS = 512  # positions whose vocabulary-wide logits exist at once
+ROW_FILL = 0.8  # a row this short of its group's first begins another: each group is a call, padding is work
 MIN_PREFIX = 32  # a shorter prefix of everything is not worth a cache of its own
 
 
@@ -47,37 +50,87 @@ class Pack:
 
 @dataclass
 class Rows:
-    """The sequences of a pack as rows of its nodes, padded at their ends."""
+    """The sequences of a pack, without those that others begin with, as rows of its nodes, behind the prefix that they share.
+    Rows of about one length are a group, padded at their ends."""
 
-    nodes: Tensor  # [rows, width] the node at each place; where a row has ended, node 0
-    places: Tensor  # [n] one of the places of each node, counted row after row
+    groups: list[tuple[Tensor, Tensor]]  # [rows, width] the node at each place, node 0 where a row has ended; and [rows,
+    # prefix + width] the same behind the prefix, counted from its beginning
+    places: Tensor  # [n] one of the places of each node, counted row after row and group after group
+    shared: int  # tokens of the prefix
+    masks: dict[tuple[int, int | None], Tensor | None] = field(default_factory=dict)  # by width and window, made once
 
-    def spread(self, x: Tensor) -> Tensor:
-        """[1, heads, n, d] by nodes -> [rows, heads, width, d] by rows."""
-        return embedding(self.nodes, x.transpose(1, 2).flatten(2)[0]).unflatten(2, (x.shape[1], -1)).transpose(1, 2)
+    @classmethod
+    def of(cls, pack: Pack, shared: int, device: torch.device) -> Rows:
+        """On the device, of a pack that is not there yet."""
+        whole = {int(path[-1]): path for path in pack.paths.values()}  # of equal sequences one
+        leaves = [path for node, path in whole.items() if pack.end[node] == node + 1]  # they pass through all other nodes
+        sorted_paths: list[list[Tensor]] = []
+        for path in sorted(leaves, key=len, reverse=True):
+            if not sorted_paths or len(path) < ROW_FILL * len(sorted_paths[-1][0]):
+                sorted_paths.append([])
+            sorted_paths[-1].append(path)
+        groups, places, taken = [], torch.empty(len(pack.ids), dtype=torch.long), 0
+        for paths in sorted_paths:
+            nodes = nn.utils.rnn.pad_sequence(paths, batch_first=True)
+            seen = torch.cat([torch.arange(shared).expand(len(paths), -1), shared + nodes], dim=1)
+            groups.append((nodes.to(device), seen.to(device)))
+            for path in paths:
+                places[path] = taken + torch.arange(len(path))
+                taken += nodes.shape[1]
+        return cls(groups, places.to(device), shared)
 
-    def merge(self, x: Tensor) -> Tensor:
-        """[rows, width, heads, d] by rows -> [1, n, heads, d] by nodes."""
-        return embedding(self.places, x.flatten(2).flatten(0, 1)).unflatten(1, x.shape[2:])[None]
+    @property
+    def scores(self) -> int:
+        """Attention scores per head."""
+        return sum(nodes.shape[1] * seen.numel() for nodes, seen in self.groups)
 
-    def mask(self, window: int | None) -> Tensor | None:
-        """What each place sees of its row, as attention under a sliding window takes it; None for all before it."""
-        place = torch.arange(self.nodes.shape[1], device=self.nodes.device)
-        back = place[:, None] - place[None]
-        return None if window is None or len(place) <= window else ((back >= 0) & (back < window))[None, None]
+    def attend(self, whole: Any, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+        """`whole`, attention as in transformers' interface, group by group.
+
+        Args:
+            query: [doses, heads, n, d]; key, value: [doses, heads, prefix + n, d].
+
+        Returns:
+            [doses, n, heads, d]
+        """
+        out = []
+        for nodes, seen in self.groups:
+            kind = nodes.shape[1], options.get("sliding_window")
+            if kind not in self.masks:
+                self.masks[kind] = self._mask(*kind)
+            part, _ = whole(module, _rows(query, nodes), _rows(key, seen), _rows(value, seen), self.masks[kind], **options)
+            out.append(part.unflatten(0, (len(query), -1)).flatten(1, 2))
+        return _rows(torch.cat(out, dim=1).transpose(1, 2), self.places[None]).transpose(1, 2)
+
+    def _mask(self, width: int, window: int | None) -> Tensor | None:
+        """What each place of a row sees, True where it does: [1, 1, width, prefix + width]; None for all up to itself."""
+        places = self.shared + width
+        if not self.shared and (window is None or width <= window):
+            return None
+        place = torch.arange(places, device=self.places.device)
+        back = place[self.shared :, None] - place[None]
+        return ((back >= 0) & (back < (window or places)))[None, None]
+
+
+def _rows(x: Tensor, nodes: Tensor) -> Tensor:
+    """[doses, heads, n, d] by nodes -> [doses * rows, heads, width, d] as nodes [rows, width] have them."""
+    doses, heads, n, _ = x.shape
+    if doses > 1:
+        nodes = (nodes + n * torch.arange(doses, device=nodes.device)[:, None, None]).flatten(0, 1)
+    return embedding(nodes, x.transpose(1, 2).flatten(2).flatten(0, 1)).unflatten(2, (heads, -1)).transpose(1, 2)
 
 
 @contextlib.contextmanager
 def attention_by_rows() -> Iterator[None]:
-    """Attention under `training_states` is done row by row: its cost is that of the rows, not of the pack squared."""
+    """Attention over a pack is done row by row where rows are given: its cost is theirs, not that of the pack squared.
+    Attention other than sdpa knows nothing of rows and goes by the mask."""
     whole = ALL_ATTENTION_FUNCTIONS["sdpa"]
 
     def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
                   rows: Rows | None = None, **options: Any) -> tuple[Tensor, None]:
         if rows is None:
             return whole(module, query, key, value, attention_mask, **options)
-        out, _ = whole(module, *map(rows.spread, (query, key, value)), rows.mask(options.get("sliding_window")), **options)
-        return rows.merge(out), None
+        return rows.attend(whole, module, query, key, value, **options), None
 
     ALL_ATTENTION_FUNCTIONS["sdpa"] = attention
     try:
@@ -95,16 +148,10 @@ def training_states(lm: LM, sequences: Sequence[list[int]], first: Sequence[int]
         [sum of (len(sequence) - first[i]), d], sequence after sequence.
     """
     (pack,) = packs(sequences, 0, sum(map(len, sequences)))
-    nodes = torch.zeros(len(sequences), max(map(len, sequences)), dtype=torch.long)
-    places = torch.empty_like(pack.ids)
-    for i, path in pack.paths.items():
-        nodes[i, : len(path)] = path
-        places[path] = i * nodes.shape[1] + torch.arange(len(path))
     wanted = torch.cat([pack.paths[i][start:] for i, start in enumerate(first)])
-    pack = pack.to(lm.device)
-    # attention other than sdpa knows nothing of rows and goes by the mask
+    rows, pack = Rows.of(pack, 0, lm.device), pack.to(lm.device)
     states = lm.decoder(input_ids=pack.ids[None], position_ids=pack.depth[None], attention_mask=_masks(lm, pack, 0),
-                        use_cache=False, rows=Rows(nodes.to(lm.device), places.to(lm.device))).last_hidden_state
+                        use_cache=False, rows=rows).last_hidden_state
     return states[0, wanted.to(states.device)]
 
 
@@ -130,10 +177,13 @@ def run_packs(lm: LM, sequences: Sequence[list[int]], keep: int | None = None,
         cache = DynamicCache() if cache is None else cache
         lm.decoder(input_ids=torch.tensor([sequences[0][:shared]], device=lm.device), past_key_values=cache,
                    use_cache=True)
-    for pack in packs(sequences, shared, PACK_TOKENS[lm.device.type]):
-        pack = pack.to(lm.device)
-        out = lm.decoder(input_ids=pack.ids[None], position_ids=pack.depth[None], attention_mask=_masks(lm, pack, shared),
-                         past_key_values=cache, use_cache=cache is not None)
+    for pack in packs(sequences, shared, (PACK_TOKENS if shared < LONG_PREFIX else WHOLE_TOKENS)[lm.device.type]):
+        rows, pack = Rows.of(pack, shared, lm.device), pack.to(lm.device)
+        cheaper = shared < LONG_PREFIX and rows.scores < len(pack.ids) * (shared + len(pack.ids))
+        with attention_by_rows():
+            out = lm.decoder(input_ids=pack.ids[None], position_ids=pack.depth[None],
+                             attention_mask=_masks(lm, pack, shared), past_key_values=cache, use_cache=cache is not None,
+                             rows=rows if cheaper else None)
         yield pack, shared, out.last_hidden_state
         if cache is not None:
             cache.crop(-len(pack.ids))

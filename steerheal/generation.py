@@ -9,8 +9,9 @@ Where a batch does not fit into memory it is halved, and what fitted is remember
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -48,7 +49,41 @@ class Completion:
         return self.ids if self.end is None else [*self.ids, self.end]
 
 
-_fits: dict[tuple[str, int], int] = {}  # (model, length to the next 128) -> rows that fitted after a batch did not
+_fits: dict[tuple[str, str, int], int] = {}  # (what ran, model, length to the next 128) -> rows that fitted when more did not
+Row = TypeVar("Row")
+Out = TypeVar("Out")
+
+
+def parts_that_fit(run: Callable[[Sequence[Row]], Out], rows: Sequence[Row], lm: LM,
+                   length: int) -> Iterator[tuple[Sequence[Row], Out]]:
+    """`run` over all rows, together if they fit into memory; a part that does not is halved, and what fitted is remembered.
+
+    Args:
+        run: known by its name, for what is remembered of it.
+        length: tokens of the longest row.
+
+    Yields:
+        (part of the rows, what `run` made of it)
+
+    Raises:
+        torch.OutOfMemoryError, RuntimeError: not even a single row fits.
+    """
+    key = run.__qualname__, lm.digest, length // 128
+    done = 0
+    while done < len(rows):
+        part = rows[done : done + _fits.get(key, len(rows))]
+        out = None
+        try:
+            out = run(part)
+        except RuntimeError as error:
+            if len(part) == 1 or not ran_out(error):
+                raise
+        if out is None:  # out here, where the failed batch is no longer held by the exception
+            _fits[key] = (len(part) + 1) // 2
+            torch.cuda.empty_cache()
+            continue
+        yield part, out
+        done += len(part)
 
 
 def generate(lm: LM, prompts: Sequence[list[int]], sampling: Sampling, seeds: Sequence[int] | None = None,
@@ -63,26 +98,18 @@ def generate(lm: LM, prompts: Sequence[list[int]], sampling: Sampling, seeds: Se
         half_life: completion tokens after which the dose has halved; 0 keeps it.
 
     Raises:
-        torch.OutOfMemoryError: not even a single row fits.
+        torch.OutOfMemoryError, RuntimeError: not even a single row fits.
     """
     rows = len(prompts)
     doses = [0.0] * rows if doses is None else list(doses)
     uniforms = _uniforms(seeds, rows, sampling.max_new_tokens).to(lm.device) if sampling.temperature > 0 else None
-    key = (lm.digest, (max(map(len, prompts)) + sampling.max_new_tokens) // 128)
-    out: list[Completion] = []
-    while len(out) < rows:
-        part = slice(len(out), len(out) + _fits.get(key, rows))
-        try:
-            out += _generate(lm, prompts[part], sampling, None if uniforms is None else uniforms[part], vector,
-                             doses[part], half_life)
-            continue
-        except RuntimeError as error:
-            size = len(prompts[part])
-            if size == 1 or not ran_out(error):
-                raise
-        _fits[key] = size // 2  # tried again out here, where the failed batch is no longer held by the exception
-        torch.cuda.empty_cache()
-    return out
+
+    def together(part: Sequence[int]) -> list[Completion]:
+        return _generate(lm, [prompts[i] for i in part], sampling, None if uniforms is None else uniforms[list(part)], vector,
+                         [doses[i] for i in part], half_life)
+
+    parts = parts_that_fit(together, range(rows), lm, max(map(len, prompts), default=0) + sampling.max_new_tokens)
+    return [completion for _, out in parts for completion in out]
 
 
 @torch.inference_mode()

@@ -30,8 +30,8 @@ MAGIC = "steerheal-stage/1"
 # A stage's version is part of its digest. Raise it when the stage's code changes what it computes;
 # tests/test_stage_versions.py reminds you.
 VERSIONS = {
-    "vector": 3, "states": 2, "kl_dose": 2, "completions": 5, "scores": 3, "log_ratio": 2, "diary": 4, "heal": 7,
-    "foundations": 6, "conduct": 2, "fluency": 6, "free_answers": 4,
+    "vector": 4, "states": 3, "kl_dose": 3, "completions": 6, "scores": 4, "log_ratio": 3, "diary": 5, "heal": 8,
+    "foundations": 7, "conduct": 3, "fluency": 7, "free_answers": 5,
 }
 
 

@@ -3,6 +3,8 @@ import contextlib
 import pytest
 import torch
 from conftest import WINDOW, make_lm
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from steerheal import cpu, forward
 from steerheal.generation import generate, greedy
@@ -25,8 +27,10 @@ def family(shared, seed=0):
 @torch.no_grad()
 @pytest.mark.parametrize("shared", [0, 5, 40, 3 * WINDOW])
 @pytest.mark.parametrize("size", [16, 512])
-def test_sharing_prefixes_changes_nothing(any_lm, shared, size, monkeypatch):
+@pytest.mark.parametrize("by_rows", [True, False])
+def test_sharing_prefixes_changes_nothing(any_lm, shared, size, by_rows, monkeypatch):
     monkeypatch.setitem(forward.PACK_TOKENS, "cpu", size)
+    monkeypatch.setattr(forward.Rows, "scores", 0 if by_rows else 10**9)
     sequences = family(shared)
     first = [max(len(s) - 3, 0) for s in sequences]
     got = dict(forward.hidden_states(any_lm, sequences, first))
@@ -87,6 +91,37 @@ def test_packs_respect_their_size():
         for i, path in p.paths.items():
             assert p.ids[path].tolist() == sequences[i]
             assert p.depth[path].tolist() == list(range(len(sequences[i])))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("trunks, length, tails", [(1, 0, (60, 55, 9, 8, 30)), (1, 50, (60, 55, 9, 8, 30)),
+                                                   (1, 0, (400, 3, 3, 3, 3, 3, 3)), (2, 200, (1,) * 12),
+                                                   (2, 60, (20, 0, 0, 0))])
+def test_attention_is_done_where_it_costs_less(lm, trunks, length, tails, monkeypatch):
+    """By rows, which adds a fifth of padding to each side of what a sequence would cost alone and leaves out those that others
+    begin with; or over the pack as a whole, where twelve replies to each of two long prompts would repeat the prompts."""
+    g = torch.Generator().manual_seed(0)
+    draw = lambda n: torch.randint(0, 250, (n,), generator=g).tolist()  # noqa: E731
+    sequences = [[*trunk, *draw(n)] for trunk in [draw(length) for _ in range(trunks)] for n in tails]
+    shared = length if trunks == 1 else 0
+    calls = []
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", spy(calls))
+    for _ in forward.hidden_states(lm, sequences, [len(s) - 1 for s in sequences]):
+        pass
+    layers = len(lm.blocks)
+    scores = sum(rows * queries * places for rows, queries, places in calls[layers if shared else 0 :]) / layers
+    once = {tuple(s) for s in sequences if not any(t[: len(s)] == s for t in sequences if len(t) > len(s))}
+    alone = sum((len(s) - shared) * len(s) for s in once)
+    nodes = sum(len(p.ids) for p in forward.packs(sequences, shared, 10_000))
+    assert 0 < scores <= min(alone / forward.ROW_FILL**2, nodes * (shared + nodes))
+
+
+def spy(calls):
+    def attention(module, query, key, *args, **options):
+        calls.append((len(query), query.shape[2], key.shape[2]))
+        return sdpa_attention_forward(module, query, key, *args, **options)
+
+    return attention
 
 
 def test_common_prefix():

@@ -19,14 +19,15 @@ import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from steerheal import chat
-from steerheal.errors import UserError, ran_out
+from steerheal.errors import UserError
 from steerheal.forward import hidden_states
-from steerheal.generation import generate, greedy, think
+from steerheal.generation import Thoughts, generate, greedy, parts_that_fit, think
 from steerheal.models import LM
 from steerheal.personas import FOUNDATIONS, Vignette
 from steerheal.personas import shots as worked_examples
@@ -131,20 +132,14 @@ def _think_and_read(lm: LM, questions: Sequence[Question], think_tokens: int, ve
     by_length = sorted(questions, key=lambda q: len(q.prompt))
     longest = len(by_length[-1].prompt + opening + interruption + prefill) + think_tokens
     batches = -(-len(by_length) // max(TOKENS[lm.device.type] // longest, 1))
-    waiting = [by_length[i * len(by_length) // batches : (i + 1) * len(by_length) // batches] for i in range(batches)]
-    while waiting:
-        rows = waiting.pop(0)
-        try:
-            seen = think(lm, [q.prompt + opening for q in rows], think_tokens, interruption + prefill, watch,
-                         closing if len(closing) == 1 else (), vector, dose)
-        except RuntimeError as error:
-            if len(rows) == 1 or not ran_out(error):
-                raise
-            seen = None
-        if seen is None:  # out here, where the exception no longer holds what failed
-            torch.cuda.empty_cache()
-            waiting[:0] = [rows[: len(rows) // 2], rows[len(rows) // 2 :]]
-            continue
+
+    def together(rows: Sequence[Question]) -> Thoughts:
+        return think(lm, [q.prompt + opening for q in rows], think_tokens, interruption + prefill, watch,
+                     closing if len(closing) == 1 else (), vector, dose)
+
+    cuts = [i * len(by_length) // batches for i in range(batches + 1)]
+    parts = (part for a, b in pairwise(cuts) for part in parts_that_fit(together, by_length[a:b], lm, longest))
+    for rows, seen in parts:
         for row, q in enumerate(rows):
             found = natural_answer(lm, seen.ids[row])
             if found is not None:
