@@ -18,7 +18,7 @@ import pytest
 from conftest import TINY
 
 from benchmarks import driving
-from steerheal import ledger, searcher
+from steerheal import halving, ledger, searcher
 from steerheal import run as one_run
 from steerheal.errors import UserError
 from steerheal.stages import locked
@@ -28,10 +28,11 @@ pytestmark = pytest.mark.search
 ROOT = Path(__file__).parent.parent
 
 
-def command(model, out, *extra, trials=3):
-    overrides = [f"{k}={json.dumps(v) if not isinstance(v, str) else v}" for k, v in TINY.items() if k != "rounds"]
+def command(model, out, *extra, trials=3, rounds=2, **settings):
+    chosen = TINY | {name.replace("__", "."): value for name, value in settings.items()}
+    overrides = [f"{k}={json.dumps(v) if not isinstance(v, str) else v}" for k, v in chosen.items() if k != "rounds"]
     return [sys.executable, "-m", "steerheal.search", "quickstart", "--model", str(model), "--out", str(out), "--trials",
-            str(trials), "--rounds", "2", *extra, "--set", *overrides]
+            str(trials), "--rounds", str(rounds), *extra, "--set", *overrides]
 
 
 def start(*args, **kw):
@@ -154,6 +155,22 @@ def test_sigterm_stops_a_search_as_ctrl_c_does(tiny_folder, tmp_path):
     os.kill(process.pid, signal.SIGTERM)
     stopped = process.communicate(timeout=300)[0]
     assert process.returncode == 75 and "the same command goes on" in stopped, stopped
+
+
+def test_a_spent_wall_budget_ends_in_words_and_halving_saves_the_rounds_it_says(tiny_folder, tmp_path):
+    binding = dict(heal__lr=0.02, heal__lam=1.0)  # so that one tau is worse than another
+    text, code = run(tiny_folder, tmp_path, "--halving", "--hours", "0.0002", trials=3, rounds=3, **binding)
+    assert code == 0 and "The wall budget is spent. 0 of 3 trials are finished; the same command goes on" in text
+    text, code = run(tiny_folder, tmp_path, trials=3, rounds=3, **binding)  # --halving is remembered
+    assert code == 0, text
+    assert set(computed(tmp_path).values()) == {1}  # whatever the first run finished is read by the second
+    rows = table(tmp_path)
+    ran = ledger.finished_rounds(ledger.open_study(tmp_path / "quickstart"))
+    assert rows[rows["round"] >= 0].groupby("trial").size().to_dict() == {trial: len(own) for trial, own in ran.items()}
+    for trial, own in ran.items():  # one at a time, so each meets those before it
+        rivals = [ran[before][1] for before in range(trial)]
+        assert len(own) == (2 if halving.halved(own[1], rivals) else 3)
+    assert sorted(ran) == [0, 1, 2] and {len(own) for own in ran.values()} == {2, 3}
 
 
 def test_what_interrupted_runs_leave_open_is_closed(tmp_path):
