@@ -64,13 +64,13 @@ class Rows:
         """On the device, of a pack that is not there yet."""
         whole = {int(path[-1]): path for path in pack.paths.values()}  # of equal sequences one
         leaves = [path for node, path in whole.items() if pack.end[node] == node + 1]  # they pass through all other nodes
-        sorted_paths: list[list[Tensor]] = []
+        alike: list[list[Tensor]] = []
         for path in sorted(leaves, key=len, reverse=True):
-            if not sorted_paths or len(path) < ROW_FILL * len(sorted_paths[-1][0]):
-                sorted_paths.append([])
-            sorted_paths[-1].append(path)
+            if not alike or len(path) < ROW_FILL * len(alike[-1][0]):
+                alike.append([])
+            alike[-1].append(path)
         groups, places, taken = [], torch.empty(len(pack.ids), dtype=torch.long), 0
-        for paths in sorted_paths:
+        for paths in alike:
             nodes = nn.utils.rnn.pad_sequence(paths, batch_first=True)
             seen = torch.cat([torch.arange(shared).expand(len(paths), -1), shared + nodes], dim=1)
             groups.append((nodes.to(device), seen.to(device)))
