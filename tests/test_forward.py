@@ -116,6 +116,20 @@ def test_attention_is_done_where_it_costs_less(lm, trunks, length, tails, monkey
     assert 0 < scores <= min(alone / forward.ROW_FILL**2, nodes * (shared + nodes))
 
 
+@torch.no_grad()
+def test_behind_a_long_prefix_no_row_reads_it_anew(lm, monkeypatch):
+    g = torch.Generator().manual_seed(0)
+    draw = lambda n: torch.randint(0, 250, (n,), generator=g).tolist()  # noqa: E731
+    prefix = draw(forward.LONG_PREFIX)
+    sequences = [[*prefix, i, *draw(20)] for i in range(6)]
+    calls = []
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", spy(calls))
+    got = dict(forward.hidden_states(lm, sequences, [len(s) - 1 for s in sequences]))
+    assert {rows for rows, _, _ in calls} == {1} and len(calls) == 2 * len(lm.blocks)
+    for i, s in enumerate(sequences):
+        torch.testing.assert_close(got[i], brute(lm, s)[-1:], atol=2e-4, rtol=2e-4)
+
+
 def spy(calls):
     def attention(module, query, key, *args, **options):
         calls.append((len(query), query.shape[2], key.shape[2]))
