@@ -1,4 +1,4 @@
-"""A search space: the authority loop on a model that can do the forced choice, sized for an hour on 2 CPU cores.
+"""A search space: the authority loop on a model that can do the forced choice, asked without worked examples.
 
     python -m steerheal.search --space benchmarks/authority_nats.py
 """
@@ -15,14 +15,14 @@ BASE = {
     "heal.lr": 5e-4,
     "heal.lam": 1.0,
     "evaluate.trait": "foundation",
-    "evaluate.shots": 7,
-    "evaluate.ladder": [0.5, 0.75, 1.0],
+    "evaluate.shots": 0,
+    "evaluate.ladder": [0.25, 0.5, 1.0],
     "evaluate.n_fluency": 32,
     "evaluate.fluency_tokens": 32,
 }
 TRIALS = 4
-COST = "a complete grid of 4 barriers; 49 minutes on 2 CPU cores"
-ARMS = [("nll", "rmse", 0.5), ("kl_rev", "rmse", 0.1), ("kl_rev", "rmse", 0.5), ("kl_rev", "mean", 0.1)]
+COST = "a complete grid of 4 barriers; on 2 CPU cores the baselines and two of them took 1.7 hours"
+ARMS = [("nll", "rmse", 0.5), ("kl_rev", "rmse", 0.5), ("kl_rev", "mean", 0.1), ("kl_rev", "rmse", 0.1)]
 
 
 def points():

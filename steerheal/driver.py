@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import shutil
 import signal
@@ -38,6 +39,12 @@ class Machine:
     gpus_per_trial: float | None = None
     address: str | None = None  # of a Ray cluster; None starts Ray here
     hours: float | None = None  # wall budget of this run
+
+    def at_a_time(self, cards: int) -> int:
+        """Trials among which this machine's cards are shared; 1 on a cluster, whose cards are not known yet."""
+        if self.address is not None:
+            return 1
+        return max(math.ceil(cards / self.gpus_per_trial), 1) if self.gpus_per_trial else self.concurrent
 
 
 @dataclass(frozen=True)

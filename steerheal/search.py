@@ -7,7 +7,6 @@ stage store and in the study; everything else is a view, so the same command aga
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 import sys
 import time
@@ -156,18 +155,15 @@ def _move_aside(folder: Path) -> None:
 
 
 def _search(plan: Plan, args: Args) -> int:
-    from steerheal import doctor, weights
+    from steerheal import doctor, driver, ledger, searcher, weights
 
     _prove_writable(plan.folder)
+    machine = driver.Machine(args.concurrent, args.gpus_per_trial, args.address, args.hours)
     if not plan.resumed:
-        shares = max(math.ceil(len(weights.cards()) / args.gpus_per_trial), 1) if args.gpus_per_trial else args.concurrent
-        doctor.cheap(plan.settings, plan.trials, plan.folder, 1 if args.address else shares)
+        doctor.cheap(plan.settings, plan.trials, plan.folder, machine.at_a_time(len(weights.cards())))
     # fetched and converted before any worker waits for it; a resumed search stays on the commit it began with
     plan.commit = weights.hub_commit(weights.locate(plan.settings.model, plan.commit))
     plan.write()
-    from steerheal import driver, ledger, searcher
-
-    machine = driver.Machine(args.concurrent, args.gpus_per_trial, args.address, args.hours)
     study = ledger.create_study(plan.folder)
     searcher.make_sampler(plan.sampler, 0)  # a sampler that is not installed is told now
     if args.confirm:

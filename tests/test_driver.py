@@ -50,6 +50,17 @@ def test_each_trial_gets_its_share_of_one_node(found, machine, expected, monkeyp
     assert driver._resources(machine, "cpu") == expected | dict(gpu=0)  # a card beside it is none of its business
 
 
+@pytest.mark.parametrize("machine,cards,expected", [
+    (Machine(), 1, 1), (Machine(concurrent=2), 1, 2), (Machine(concurrent=2), 0, 2),
+    (Machine(gpus_per_trial=0.25), 1, 4),  # a trial has its quarter, whether others run beside it or not
+    (Machine(concurrent=4, gpus_per_trial=1), 1, 1), (Machine(gpus_per_trial=0.4), 1, 3),
+    (Machine(concurrent=2, gpus_per_trial=0.5), 2, 4),
+    (Machine(concurrent=8, gpus_per_trial=0.5, address="auto"), 1, 1),
+])
+def test_a_model_must_fit_into_the_share_of_a_card_that_its_trial_gets(machine, cards, expected):
+    assert machine.at_a_time(cards) == expected
+
+
 def test_more_cards_than_a_node_has_would_wait_for_ever(monkeypatch):
     import ray
 

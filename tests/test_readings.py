@@ -51,6 +51,7 @@ def test_differences_are_paired():
     assert (d.value, d.low, d.high) == pytest.approx((0.5, 0.5, 0.5), abs=1e-6)
     assert d.clear_of_zero and not a.difference(a, "conduct_nats").clear_of_zero
     assert b.difference(a, "conduct_nats", sign=-1).value == pytest.approx(-0.5, abs=1e-6)
+    assert str(a.difference(a, "conduct_nats", sign=-1)) == "+0.000 [+0.000, +0.000]"  # and not -0.000
 
 
 def test_kept_shares_stop_at_one():

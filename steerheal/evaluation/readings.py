@@ -105,7 +105,8 @@ class Reading:
 
     def difference(self, other: Reading, metric: str, sign: int = 1) -> Estimate:
         """sign * (self - other), paired over items."""
-        return _interval(sign * (self.resampled(metric) - other.resampled(metric)), self._n(metric))
+        moved = sign * (self.resampled(metric) - other.resampled(metric))
+        return _interval(moved + 0.0, self._n(metric))  # no minus before a zero
 
     def ratio(self, base: Reading, metric: str) -> Estimate:
         """min(1, self / base), paired over items: the share that is kept. NaN, a model that diverged, keeps nothing."""
