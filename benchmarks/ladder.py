@@ -23,6 +23,7 @@ from steerheal.settings import from_flat
 from steerheal.stages import Result
 
 MODELS = {"smollm2-135m-instruct": (14, (0, 1, 2, 3, 4, 5, 6, 8)), "qwen2.5-coder-1.5b-instruct": (7, (0, 2, 4, 8))}
+UNASKED = Result({}, dict(conduct=torch.zeros(1), control=torch.zeros(1)))  # where only the foundations are read
 
 
 def main() -> None:
@@ -50,8 +51,7 @@ def measure(out: Path, small: bool) -> None:
         vector = steering.extract(lm, *trait.systems, personas.contexts(64), lm.band(0.45, 0.55))
         for dose in doses:
             found = foundations.evaluate(lm, vignettes, n_shots=shots, think_tokens=0, vector=vector, dose=dose)
-            acted = conduct.evaluate(lm, acts, personas.controls(len(acts)), vector=vector, dose=dose) if acts else Result(
-                {}, dict(conduct=torch.zeros(1), control=torch.zeros(1)))
+            acted = conduct.evaluate(lm, acts, personas.controls(len(acts)), vector=vector, dose=dose) if acts else UNASKED
             reading = Reading.of(found, acted)
             row = dict(model=name, dose=dose)
             metrics = ["authority_nats", "care_nats", "coherence", "top1"] + ["conduct_nats", "control_nats"] * bool(acts)

@@ -13,8 +13,7 @@ import sys
 import time
 from collections.abc import Sequence
 
-import torch
-
+from benchmarks.ladder import UNASKED
 from benchmarks.timing import environment
 from steerheal import models, personas
 from steerheal.cli import run_main
@@ -23,7 +22,6 @@ from steerheal.evaluation.foundations import OURS, QUESTION
 from steerheal.evaluation.readings import Reading
 from steerheal.personas import FOUNDATIONS
 from steerheal.settings import from_flat
-from steerheal.stages import Result
 
 
 def _bare(order: Sequence[str]) -> str:
@@ -31,7 +29,7 @@ def _bare(order: Sequence[str]) -> str:
 
 
 FORMS = {
-    "vignette, list (as it is)": (0, OURS.user),
+    "vignette, list": (0, OURS.user),
     "vignette, bare names": (0, lambda text, order: f"{QUESTION}\n\n> {text}\n\n{_bare(order)}"),
     "list, vignette": (0, lambda text, order: f"{QUESTION} {foundations._schema(order)}\n\n> {text}"),
     "list, vignette, question": (0, lambda text, order: f"{foundations._schema(order)}\n\n> {text}\n\n{QUESTION}"),
@@ -51,18 +49,17 @@ def measure(model: str, small: bool) -> int:
     lm = models.load(from_flat({"model": model}))
     items = personas.vignettes("builtin", 14 if small else 70)
     print(f"foundations on {len(items)} vignettes x 2 frames, no thinking, {lm.name}, {environment()}")
-    unasked = Result({}, dict(conduct=torch.zeros(1), control=torch.zeros(1)))
     result = {}
     for form, (shots, user) in FORMS.items():
         started = time.perf_counter()
         found = foundations.evaluate(lm, items, n_shots=shots, think_tokens=0, wording=dataclasses.replace(OURS, user=user))
         took = time.perf_counter() - started
-        reading = Reading.of(found, unasked)
+        reading = Reading.of(found, UNASKED)
         mean_auc = sum(reading.auc(f).value for f in FOUNDATIONS) / len(FOUNDATIONS)
         print(f"{form:28} {took:6.1f} s   coherence {reading.value('coherence'):.3f}   agreement {reading.estimate('top1')}   "
               f"AUC authority {reading.auc('authority')}, mean of seven {mean_auc:.3f}", flush=True)
-        result[form] = reading.value("top1")
-    print("RESULT " + " ".join(f"agreement_{i}={value:.3f}" for i, value in enumerate(result.values())))
+        result["agreement_" + form.replace(", ", "_").replace(" ", "_")] = reading.value("top1")
+    print("RESULT " + " ".join(f"{name}={value:.3f}" for name, value in result.items()))
     return 0
 
 

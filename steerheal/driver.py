@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from steerheal import events, ledger, searcher
+from steerheal import events, ledger, searcher, weights
 from steerheal.display import Display
 from steerheal.errors import UserError
 from steerheal.follower import Follower
@@ -40,11 +40,11 @@ class Machine:
     address: str | None = None  # of a Ray cluster; None starts Ray here
     hours: float | None = None  # wall budget of this run
 
-    def at_a_time(self, cards: int) -> int:
+    def at_a_time(self) -> int:
         """Trials among which this machine's cards are shared; 1 on a cluster, whose cards are not known yet."""
         if self.address is not None:
             return 1
-        return max(math.ceil(cards / self.gpus_per_trial), 1) if self.gpus_per_trial else self.concurrent
+        return max(math.ceil(len(weights.cards()) / self.gpus_per_trial), 1) if self.gpus_per_trial else self.concurrent
 
 
 @dataclass(frozen=True)

@@ -160,7 +160,7 @@ def _search(plan: Plan, args: Args) -> int:
     _prove_writable(plan.folder)
     machine = driver.Machine(args.concurrent, args.gpus_per_trial, args.address, args.hours)
     if not plan.resumed:
-        doctor.cheap(plan.settings, plan.trials, plan.folder, machine.at_a_time(len(weights.cards())))
+        doctor.cheap(plan.settings, plan.trials, plan.folder, machine.at_a_time())
     # fetched and converted before any worker waits for it; a resumed search stays on the commit it began with
     plan.commit = weights.hub_commit(weights.locate(plan.settings.model, plan.commit))
     plan.write()

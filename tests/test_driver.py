@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from steerheal import driver, plan
+from steerheal import driver, plan, weights
 from steerheal.driver import Machine
 from steerheal.errors import UserError
 
@@ -57,8 +57,9 @@ def test_each_trial_gets_its_share_of_one_node(found, machine, expected, monkeyp
     (Machine(concurrent=2, gpus_per_trial=0.5), 2, 4),
     (Machine(concurrent=8, gpus_per_trial=0.5, address="auto"), 1, 1),
 ])
-def test_a_model_must_fit_into_the_share_of_a_card_that_its_trial_gets(machine, cards, expected):
-    assert machine.at_a_time(cards) == expected
+def test_a_model_must_fit_into_the_share_of_a_card_that_its_trial_gets(machine, cards, expected, monkeypatch):
+    monkeypatch.setattr(weights, "cards", lambda: [("card", 24.0, 24.0)] * cards)
+    assert machine.at_a_time() == expected
 
 
 def test_more_cards_than_a_node_has_would_wait_for_ever(monkeypatch):
