@@ -17,6 +17,7 @@ from matplotlib.font_manager import FontProperties, findfont, get_font
 
 from analysis import style
 from analysis.folders import command, count, read
+from steerheal import ledger
 
 MOST_DOSES = 10  # more distinct doses than this are put into as many bins
 BORDERLINE = 2  # samples shown on either side of the gate
@@ -46,18 +47,18 @@ def data(folder: Path) -> Data:
     """
     from steerheal import records  # brings torch
 
-    search = read(folder)
-    samples = records.samples(folder) if "draws" in search.table else pd.DataFrame()
+    samples, name = records.samples(folder), folder.absolute().name
     if samples.empty:
-        return Data(search.name, samples, _survival(pd.DataFrame(columns=["edge_dose", "kept"])), float("nan"), pd.Series())
+        read(folder)  # says so where nothing is finished
+        return Data(name, samples, _survival(pd.DataFrame(columns=["edge_dose", "kept"])), float("nan"), pd.Series())
     samples = samples.drop_duplicates([c for c in samples if c != "trial"], ignore_index=True).assign(borderline=False)
     for side in (True, False):
         # nearest the gate in proportion; the same text at two doses is shown once
         near = samples[(samples["perplexity"] <= samples["gate"]) == side].drop_duplicates("text")
         distance = (near["perplexity"] / near["gate"]).where(near["perplexity"] > 0).map(np.log).abs()
         samples.loc[distance.nsmallest(BORDERLINE).index, "borderline"] = True
-    return Data(search.name, samples, _survival(samples), float(samples["gate"].median()),
-                search.rounds["log_ratio"].dropna())
+    ratios = ledger.read(folder).get("log_ratio", pd.Series(dtype=float))
+    return Data(name, samples, _survival(samples), float(samples["gate"].median()), pd.to_numeric(ratios).dropna())
 
 
 def _survival(samples: pd.DataFrame) -> pd.DataFrame:

@@ -1,8 +1,8 @@
 """python -m analysis.knobs results/SEARCH: what each searched setting does.
 
 One row per setting: trait gain, coherence kept, and the duty cycle of the barrier against it, every round a point (darker
-rounds are later ones; grey rounds are not deliverable). Crosses mark inert barriers: duty 0, the trial is plain
-fine-tuning. Below, how much each setting matters for either objective.
+rounds are later ones; grey rounds are not deliverable). Crosses mark inert barriers, which never fired: such a round
+is plain fine-tuning. Below, how much each setting matters for either objective.
 
 Importance is PED-ANOVA's (Watanabe et al. 2023, arXiv:2304.10255): how far the settings of the best third of the trials
 differ from those of all, as shares that sum to 1. A trial that is not deliverable is among the worst, whatever its numbers;
@@ -31,6 +31,7 @@ PANELS = {"trait_gain": "trait gain (better ↑)\nnats from base", "coherence_ke
 BEST = 1 / 3  # of the trials, whose settings are compared with all
 WORST = 1e9  # loss of a trial that is not deliverable
 FEWEST, FEW = 10, 15  # trials below which importances are not computed, and below which they are only a hint
+CROWDED = 26  # characters of category names that stand side by side under one panel
 SHADES = ("#9CC9E8", "#4A9AD4", "#0072B2", "#004D7A", "#002A44")  # rounds, light to dark
 
 
@@ -95,7 +96,7 @@ def draw(d: Data) -> plt.Figure:
     heights = [2.1] * len(d.params) + [0.7 + 0.35 * len(d.importance)]
     figure = plt.figure(figsize=(style.WIDTH, 0.8 + sum(heights)), layout="constrained")
     grey = "" if d.rounds["deliverable"].all() else "; grey: not deliverable"
-    inert = "; ×: inert barrier" if d.rounds["duty"].eq(0).any() else ""
+    inert = "; ×: inert barrier" if _inert(d.rounds).any() else ""
     figure.suptitle(f"{d.name}: each searched setting\nevery round a point; darker: later round{inert}{grey}",
                     fontweight="bold", fontsize=11.5, ha="left", x=0.02)
     grid = figure.add_gridspec(len(heights), 3, height_ratios=heights)
@@ -122,7 +123,7 @@ def _draw_panel(axes: plt.Axes, d: Data, param: str, value: str) -> None:
     shown = rounds.loc[able, value]
     span = max(shown.max() - shown.min(), 0.02)
     axes.set_ylim((-0.06, 1.06) if value == "duty" else (shown.min() - 0.15 * span, shown.max() + 0.15 * span))
-    inert = rounds["duty"] == 0
+    inert = _inert(rounds)
     for index in sorted(rounds["round"].unique()):
         here = (rounds["round"] == index) & rounds["deliverable"] & ~inert
         style.scatter(axes, x[here], rounds.loc[here, value], color=SHADES[min(index, len(SHADES) - 1)], s=24, zorder=3)
@@ -132,6 +133,11 @@ def _draw_panel(axes: plt.Axes, d: Data, param: str, value: str) -> None:
         style.scatter(axes, x[rows], rounds.loc[rows, value], color=colour, marker=marker, s=24, zorder=4)
 
 
+def _inert(rounds: pd.DataFrame) -> pd.Series:
+    """Rounds whose barrier never fired; nll, which has none, is not meant."""
+    return rounds["flags"].fillna("").str.contains("inert")
+
+
 def _positions(axes: plt.Axes, values: pd.Series, rounds: pd.Series) -> np.ndarray:
     """Where the values lie on the x axis, which is set up for them: linear, logarithmic, or one place per category and
     within it later rounds to the right."""
@@ -139,6 +145,8 @@ def _positions(axes: plt.Axes, values: pd.Series, rounds: pd.Series) -> np.ndarr
         x = values.to_numpy(float)
         if style.is_wide(x):
             style.log_scale(axes, "x")
+            if x.max() > 50 * x.min():
+                style.plain_numbers(axes.xaxis, (1,))
             axes.set_xlim(x.min() / 1.3, x.max() * 1.3)
         else:
             pad = max(0.08 * (x.max() - x.min()), 0.02 * abs(x.max()), 1e-9)
@@ -146,7 +154,8 @@ def _positions(axes: plt.Axes, values: pd.Series, rounds: pd.Series) -> np.ndarr
             axes.locator_params(axis="x", nbins=4)
         return x
     names = sorted(values.map(str).unique())
-    axes.set_xticks(range(len(names)), names)
+    crowded = len(names) * max(map(len, names)) > CROWDED
+    axes.set_xticks(range(len(names)), names, **dict(rotation=25, ha="right") if crowded else {})
     axes.set_xlim(-0.5, len(names) - 0.5)
     within = (rounds + 0.5) / (rounds.max() + 1) - 0.5
     return values.map(str).map(names.index).to_numpy(float) + 0.5 * within.to_numpy(float)

@@ -23,7 +23,7 @@ import pandas as pd
 from analysis import style
 from analysis.folders import Search, command, count, read, reading
 from steerheal import ledger
-from steerheal.evaluation.readings import Reading
+from steerheal.evaluation.readings import Estimate, Reading
 from steerheal.stages import store_beside
 
 MOST = 14  # members in one picture
@@ -85,23 +85,23 @@ def _states(search: Search) -> dict[str, Reading | None]:
     return {label: reading(store, text) if isinstance(text, str) else None for label, text in stages.items()}
 
 
-def _paired(states: dict[str, Reading | None], a: str, b: str, objective: str, trait: str) -> float | None:
-    """Half the width of the paired interval of a difference, None where it cannot be known."""
+def _paired(states: dict[str, Reading | None], a: str, b: str, objective: str, trait: str) -> Estimate | None:
+    """The difference paired over items, None where it cannot be known."""
     base, first, second = states["base"], states.get(a), states.get(b)
     if base is None or first is None or second is None:
         return None
-    apart = (first.difference(second, trait) if objective == "trait_gain" else
-             first.ratio_difference(second, base, "coherence"))
-    return (apart.high - apart.low) / 2
+    return (first.difference(second, trait) if objective == "trait_gain" else
+            first.ratio_difference(second, base, "coherence"))
 
 
-def _difference(a: pd.Series, b: pd.Series, seeds: pd.DataFrame, objective: str, paired: float | None) -> dict[str, object]:
+def _difference(a: pd.Series, b: pd.Series, seeds: pd.DataFrame, objective: str,
+                paired: Estimate | None) -> dict[str, object]:
     difference = a[objective] - b[objective]
     # the longer arm, because a share's upper one ends at 1
     halves = [max(m[f"{objective}_high"] - m[objective], m[objective] - m[f"{objective}_low"]) for m in (a, b)]
-    items = float(np.hypot(*halves)) if paired is None else paired
+    items = float(np.hypot(*halves)) if paired is None else (paired.high - paired.low) / 2
     mean, noise, n = seed_noise(*(_by_seed(m, seeds, objective) for m in (a, b)))
-    clear_of_items = abs(difference) > items
+    clear_of_items = abs(difference) > items if paired is None else paired.clear_of_zero
     if not np.isfinite(items):
         verdict = "no interval"
     elif not clear_of_items:

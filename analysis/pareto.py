@@ -1,8 +1,8 @@
 """python -m analysis.pareto results/SEARCH: every round of every trial, the front, and what it must beat.
 
-Right is more trait, up is more coherence. Grey points are not deliverable; triangles at the edge lie outside. Hollow marks
-are the baselines: the model as loaded, the persona as a system prompt, and raw steering at a ladder of doses. Several
-folders are drawn on one axis where they measure the same thing on the same model.
+Right is more trait, up is more coherence. Grey points are not deliverable: under the line, or not fluent; triangles at the
+edge lie outside. Hollow marks are the baselines: the model as loaded, the persona as a system prompt, and raw steering at a
+ladder of doses. Several folders are drawn on one axis where they measure the same thing on the same model.
 """
 
 from __future__ import annotations
@@ -19,12 +19,14 @@ from matplotlib.colors import LogNorm, Normalize
 
 from analysis import style
 from analysis.folders import Search, command, count, read
+from steerheal import plan
 from steerheal.errors import UserError
 from steerheal.ledger import hypervolume
 from steerheal.objectives import COHERENCE_FLOOR
 from steerheal.spaces import INSTRUMENT
 
 LOWEST = 0.70  # rounds with less coherence kept are marked at the edge: how badly they are broken tells nothing
+READOUTS = tuple(f"version of stage {name}" for name in ("foundations", "conduct", "fluency", "scores"))
 MARKERS = ("o", "P", "X", "v", "p", "h")
 
 
@@ -51,6 +53,8 @@ def data(*folders: Path, color: str | None = None) -> Data:
     """
     if not folders:
         raise UserError("name at least one search's folder, such as results/quickstart.")
+    if len({folder.resolve() for folder in folders}) < len(folders):
+        raise UserError("a search is named twice: each needs to be named once.")
     searches = [read(folder) for folder in folders]
     _refuse_unlike(searches)
     names = [s.name for s in searches]
@@ -78,7 +82,10 @@ def _refuse_unlike(searches: list[Search]) -> None:
                 if k.startswith("evaluate.") and k not in ("evaluate.ladder", "evaluate.trait")}
         asked = search.settings.get("evaluate.trait", "auto")
         same["evaluate.trait"] = asked if asked[0] in "+-" else "of the persona"  # a sign asked for turns the axis round
-        same |= {k: search.settings.get(k) for k in INSTRUMENT if not k.endswith(".") and k != "device"}
+        same |= {k: search.settings.get(k) for k in INSTRUMENT
+                 if not k.startswith(("device", "evaluate.", "generate."))}  # how it generates bears on neither axis
+        same |= {k: v for k, v in plan.read(search.folder).get("identity", {}).items()
+                 if k.startswith(("content of", *READOUTS))}
         return same | {"trait readout": search.trait}
 
     if len(searches) == 1:
@@ -101,6 +108,9 @@ def _check_color(color: str, points: pd.DataFrame, searches: list[Search]) -> No
                         + f" Searched: {', '.join(searches[0].params) or 'nothing'}; other columns of ledger.csv work too.")
     if points[color].isna().all():
         raise UserError(f"--color {color}: the ledger holds no value of it.")
+    if len(categories := _categories(points, color)) > len(style.PALETTE):
+        raise UserError(f"--color {color}: {len(categories)} different values, more than the {len(style.PALETTE)} colours "
+                        f"that can be told apart.")
 
 
 def draw(d: Data) -> plt.Figure:
@@ -116,23 +126,25 @@ def draw(d: Data) -> plt.Figure:
         _draw_search(axes, d, d.points[d.points["search"] == search], colours, marker)
     for (label, _), rows in d.baselines.groupby(["label", "search"], sort=False):
         marker = {"base": "s", "prompted": "D", "steered": "^"}[label]
-        axes.plot(rows["trait_gain"], rows["coherence_kept"], marker=marker, markersize=7, markerfacecolor="white",
+        axes.plot(rows["trait_gain"], rows["coherence_kept"], marker=marker, markersize=7, markerfacecolor="none",
                   markeredgecolor=style.BLACK, color=style.BLACK, linewidth=0.8, linestyle=":", zorder=5)
+    keys = {name: colour for name, (_, colour) in looks.items()} if len(looks) > 1 else \
+        _categories(d.points, d.color) if d.color else {}
+    lines = style.key(axes, keys) if keys else 0
     axes.set_xlabel(f"trait gain: {d.trait.removesuffix('_nats')} readout, nats from base   (better →)")
     axes.set_ylabel("coherence kept, share of base   (better ↑)")
     front = d.points[d.points["front"]]
     trials = len(d.points.drop_duplicates(["search", "trial"]))
     axes.set_title(f"{' and '.join(looks)}: {count(len(d.points), 'round')} of {count(trials, 'trial')}, "
-                   + (f"{len(front)} on the front" if len(front) else "none deliverable"),
-                   pad=20 if len(looks) > 1 else None)
+                   + (f"{len(front)} on the front{'s' * (len(looks) > 1)}" if len(front) else "none deliverable"),
+                   pad=6 + 14 * lines)
     volumes = [f"hypervolume {v:.4f}" + (f" {name}" if len(looks) > 1 else "") for name, v in d.hypervolume.items()]
     words = [*volumes, "95% intervals over items only"]
     bottom, top = axes.get_ylim()
-    words += [f"{count(outside, 'broken round')} outside"] * bool(outside) + ["deliverable above the line"]
+    words += [f"{count(outside, 'broken round')} outside"] * bool(outside) + [
+        "deliverable above the line" + ", but for grey" * bool((grey["coherence_kept"] >= COHERENCE_FLOOR).any())]
     style.note(axes, "\n".join(words), _empty_corner(axes, pd.concat([d.points, d.baselines])),
                (COHERENCE_FLOOR - bottom) / (top - bottom))
-    if len(looks) > 1:
-        style.key(axes, {name: colour for name, (_, colour) in looks.items()})
     labels = [(row["trait_gain"], row["coherence_kept"], f"{row['trial']}.{row['round']}",
                style.BLACK if d.color else looks[row["search"]][1]) for _, row in front.iterrows()]
     several = d.baselines.groupby("label")["search"].nunique()
@@ -180,7 +192,7 @@ def _draw_search(axes: plt.Axes, d: Data, points: pd.DataFrame, colours: tuple[s
             axes.scatter(rows["trait_gain"], rows["coherence_kept"], s=40, color=colour, marker=marker, zorder=4,
                          edgecolor="white", linewidth=0.5)
     if d.color:
-        _draw_coloured(axes, able, d.color)
+        _draw_coloured(axes, able, d.color, _categories(d.points, d.color))
 
 
 def _arms(rows: pd.DataFrame, value: str) -> np.ndarray:
@@ -189,11 +201,11 @@ def _arms(rows: pd.DataFrame, value: str) -> np.ndarray:
     return np.stack([low.fillna(0).clip(lower=0), high.fillna(0).clip(lower=0)]).astype(float)
 
 
-def _draw_coloured(axes: plt.Axes, able: pd.DataFrame, color: str) -> None:
+def _draw_coloured(axes: plt.Axes, able: pd.DataFrame, color: str, colours: dict[str, str]) -> None:
     """Deliverable rounds in the colours of a column; those on the front have a thick edge."""
     x, y, values = able["trait_gain"], able["coherence_kept"], able[color]
     look = dict(s=46, edgecolor=style.BLACK, linewidth=np.where(able["front"], 1.6, 0.4), zorder=4)
-    if pd.api.types.is_numeric_dtype(values) and not pd.api.types.is_bool_dtype(values):
+    if not colours:
         values = values.astype(float)
         norm = LogNorm() if style.is_wide(values) else Normalize()
         drawn = axes.scatter(x, y, c=values, cmap="viridis", norm=norm, **look)
@@ -202,10 +214,16 @@ def _draw_coloured(axes: plt.Axes, able: pd.DataFrame, color: str) -> None:
         if style.is_wide(values):
             style.plain_numbers(bar.ax.yaxis)
     else:
-        names = sorted(values.map(str).unique())
-        colours = dict(zip(names, style.PALETTE)) | {n: style.BLACK for n in names[len(style.PALETTE):]}
         axes.scatter(x, y, color=values.map(str).map(colours), **look)
-        style.key(axes, colours)
+
+
+def _categories(points: pd.DataFrame, color: str) -> dict[str, str]:
+    """A colour for each value of a column; empty where it holds numbers."""
+    values = points[color]
+    if pd.api.types.is_numeric_dtype(values) and not pd.api.types.is_bool_dtype(values):
+        return {}
+    names = sorted(values.map(str).unique())
+    return dict(zip(names, (*style.PALETTE, *[style.BLACK] * len(names))))
 
 
 def draw_folder(folder: Path) -> Path:

@@ -130,7 +130,7 @@ def data(folder: Path, whole: bool = True) -> dict[str, Any]:
     rounds = table.dropna(subset=["round"])
     front = ledger.front(table)
     done = table[table["state"] == "complete"]["trial"].nunique()
-    against = _optional("the baselines", lambda: versus.sentences(versus.table(folders.read(folder)))) if len(rounds) else None
+    against = _optional("the baselines", lambda: _against(folder)) if len(rounds) else None
     failed = table[table["error"].ne("") & table["end"].ne("starved")].drop_duplicates("trial")
     return dict(
         title=f"{search['name']}: steerheal report", name=search["name"], search=search,
@@ -218,6 +218,11 @@ def round_table(rows: pd.DataFrame, columns: int) -> Table:
         kind = "front" if row["front"] else "" if row["deliverable"] else "not-deliverable"
         out.append((kind, cells))
     return Table(heads, out)
+
+
+def _against(folder: Path) -> list[str]:
+    search = folders.read(folder)
+    return versus.sentences(versus.table(search), search.params)
 
 
 def baseline_table(baselines: pd.DataFrame) -> Table:

@@ -75,13 +75,18 @@ def note(axes: plt.Axes, text: str, side: str = "right", y: float = 0.02) -> Non
               fontsize=SMALL, color=DARK, zorder=6, path_effects=HALO)
 
 
-def key(axes: plt.Axes, colours: dict[str, str]) -> None:
-    """The names of colours, written in them above the right end of the axes."""
-    left = 0.0
+def key(axes: plt.Axes, colours: dict[str, str]) -> int:
+    """The names of colours, written in them above the right end of the axes; in how many lines."""
+    left, lines = 0.0, 1
     for label, colour in reversed(colours.items()):
-        text = axes.annotate(label, (1, 1), (left, 3), xycoords="axes fraction", textcoords="offset points", ha="right",
-                             fontsize=SMALL, color=colour, fontweight="bold")
-        left -= text.get_window_extent().width / axes.figure.dpi * 72 + 10
+        text = axes.annotate(label, (1, 1), (left, 14 * lines - 11), xycoords="axes fraction", textcoords="offset points",
+                             ha="right", fontsize=SMALL, color=colour, fontweight="bold")
+        wide = text.get_window_extent().width / axes.figure.dpi * 72
+        if left and wide - left > 0.85 * 72 * WIDTH:
+            left, lines = 0.0, lines + 1
+            text.set_position((left, 14 * lines - 11))
+        left -= wide + 10
+    return lines
 
 
 def is_wide(values: Sequence[float]) -> bool:

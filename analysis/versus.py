@@ -7,6 +7,7 @@ many, which flatters it; fresh run seeds (`--confirm`, `python -m analysis.noise
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -18,6 +19,7 @@ from steerheal.ledger import write_csv
 from steerheal.objectives import COHERENCE_FLOOR, FLUENCY_FLOOR, choose_trait
 from steerheal.stages import store_beside
 
+VECTOR = ("steer.method", "steer.band", "steer.contexts", "steer.normalise")  # trials that differ in these steer otherwise
 COLUMNS = ["label", "edge_doses", "coherence_kept", "trait_gain", "rivals", "trial", "round", "round_coherence_kept",
            "round_trait_gain", "difference", "difference_low", "difference_high"]
 
@@ -29,7 +31,8 @@ def table(search: Search) -> pd.DataFrame:
     Those whose stages are no longer in the store are left out.
     """
     store = store_beside(search.folder)
-    base = reading(store, search.base["stages"])
+    stages = search.base.get("stages")
+    base = reading(store, stages) if isinstance(stages, str) else None
     if base is None:
         return pd.DataFrame(columns=COLUMNS)
     settings = search.settings
@@ -51,8 +54,12 @@ def table(search: Search) -> pd.DataFrame:
     return pd.DataFrame(out, columns=COLUMNS).astype(dict(trial="Int64", round="Int64"))  # None would make them float
 
 
-def sentences(rows: pd.DataFrame) -> list[str]:
-    """`table` in words."""
+def sentences(rows: pd.DataFrame, searched: Sequence[str]) -> list[str]:
+    """`table` in words.
+
+    Args:
+        searched: the names of the searched settings.
+    """
     out = []
     for row in rows.itertuples():
         what = "the persona as a system prompt" if row.label == "prompted" else f"raw steering at {row.edge_doses:g} x edge"
@@ -66,6 +73,10 @@ def sentences(rows: pd.DataFrame) -> list[str]:
         out.append(f"At no less coherence, trial {row.trial} round {row.round} ({row.round_trait_gain:+.3f} nats at "
                    f"{row.round_coherence_kept:.3f}){chosen} {verb} {what} ({row.trait_gain:+.3f} at "
                    f"{row.coherence_kept:.3f}): {apart} nats, paired over items.")
+    own = [name for name in searched if name in VECTOR]
+    if out and own:
+        out.append(f"Raw steering was measured with one vector, that of the trial which reported first, though the trials "
+                   f"differ in {' and '.join(own)}.")
     return out
 
 
@@ -73,7 +84,9 @@ def say(folder: Path) -> str:
     search = read(folder)
     rows = table(search)
     write_csv(folder / "versus.csv", rows)
-    return "\n".join(sentences(rows)) or "The stages of the baselines are no longer in the store."
+    nothing = ("There is nothing to compare with: no baseline but base is deliverable, or their stages are no longer in the "
+               "store.")
+    return "\n".join(sentences(rows, search.params)) or nothing
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from benchmarks.command import command
 from benchmarks.driving import computed, events, members, start, tiny_model, wait_for
 from steerheal import ledger
 
@@ -39,7 +40,7 @@ def kill_all(session: int) -> None:
         os.kill(pid, signal.SIGKILL)
 
 
-def main() -> None:
+def measure() -> int:
     root = Path(tempfile.mkdtemp(prefix="cl-"))  # short: Ray's sockets allow 107 bytes
     os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))  # for nodes and driver alike
     with socket.socket() as probe:
@@ -89,7 +90,8 @@ def report(folder: Path) -> None:
         doubled=int(table.duplicated(["trial", "round"]).sum()),
         computed_twice=sum(n > 1 for n in computed(folder).values()),
         zombies=sum(t.state.name == "RUNNING" for t in study.trials)).items()))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    command(measure)

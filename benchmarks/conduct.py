@@ -6,10 +6,10 @@ own vector, and under the positive persona, no persona and the negative persona 
 
 from __future__ import annotations
 
-import sys
+import tyro
 
+from benchmarks.command import command
 from steerheal import chat, models, personas, steering
-from steerheal.cli import run_main
 from steerheal.evaluation import conduct
 from steerheal.settings import from_flat
 
@@ -17,11 +17,7 @@ DOSES = (-4.0, -2.0, -1.0, 0.0, 1.0, 2.0, 4.0)
 HELD_BACK = slice(32, 48)  # written without a look at any score
 
 
-def main() -> None:
-    run_main(lambda: measure(sys.argv[1] if len(sys.argv) > 1 else "smollm2-135m-instruct"))
-
-
-def measure(model: str) -> int:
+def measure(model: tyro.conf.Positional[str] = "smollm2-135m-instruct") -> int:
     lm = models.load(from_flat({"model": model}))
     controls = personas.controls(16)
     results = {}
@@ -46,4 +42,4 @@ def measure(model: str) -> int:
 
 
 if __name__ == "__main__":
-    main()
+    command(measure)

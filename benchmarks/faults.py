@@ -15,7 +15,6 @@ import collections
 import contextlib
 import random
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -23,6 +22,7 @@ from typing import Any
 
 import pandas as pd
 
+from benchmarks.command import command
 from benchmarks.driving import computed, events, members, run, start, tiny_model, wait_for
 from steerheal import ledger
 
@@ -46,8 +46,7 @@ def kill(process: subprocess.Popen[str], folder: Path, stages: int | None, delay
     return f"after {stages} stages, {last[0]['where']}" if last else f"{delay:.1f} s after its start"
 
 
-def main() -> None:
-    small = "--small" in sys.argv
+def measure(small: bool = False) -> int:
     kills, trials = (3, 2) if small else (20, 6)
     moments = random.Random(0)
     with tempfile.TemporaryDirectory(prefix="faults-") as tmp:
@@ -75,6 +74,7 @@ def main() -> None:
         result["orphans"] = sum(len(members(session)) for session in sessions)
         print(f"disk full: {disk_full(root, model, settings, trials, alone)}", flush=True)
     print("RESULT", *(f"{k}={str(v).lower()}" for k, v in dict(kills=kills, **result).items()))
+    return 0
 
 
 def compare(alone: Path, other: Path) -> dict[str, Any]:
@@ -120,4 +120,4 @@ def disk_full(root: Path, model: Path, settings: dict[str, Any], trials: int, al
 
 
 if __name__ == "__main__":
-    main()
+    command(measure)

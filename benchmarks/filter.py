@@ -8,18 +8,18 @@ trait, which ends in soup.
 from __future__ import annotations
 
 import re
-import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import tyro
 from torch import Tensor
 
+from benchmarks.command import command
 from benchmarks.timing import environment
 from steerheal import chat, filtering, models, personas, steering
-from steerheal.cli import run_main
 from steerheal.filtering import Gates, Score, reasons
 from steerheal.forward import token_logps
 from steerheal.generation import Completion, Sampling, generate
@@ -45,11 +45,7 @@ class Judged:
     reasons: list[str]
 
 
-def main() -> None:
-    run_main(lambda: measure(sys.argv[1] if len(sys.argv) > 1 else "smollm2-135m-instruct"))
-
-
-def measure(model: str) -> int:
+def measure(model: tyro.conf.Positional[str] = "smollm2-135m-instruct") -> int:
     lm = models.load(from_flat({"model": model}))
     print(f"{model}, {lm.model.dtype}, {environment()}")
     limits = {name: model_gates(lm, name) for name in personas.builtin()}
@@ -178,4 +174,4 @@ def _auc(a: Sequence[float], b: Sequence[float]) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    command(measure)

@@ -6,26 +6,21 @@ between, batched `generate` and a bare loop, tell where the gain comes from.
 
 from __future__ import annotations
 
-import sys
 import time
 
 import torch
 
 from benchmarks import plain
+from benchmarks.command import command
 from benchmarks.timing import environment, in_turn
 from steerheal import chat, models, personas, steering
-from steerheal.cli import run_main
 from steerheal.generation import Sampling, generate
 from steerheal.settings import from_flat
 
 DOSES = (1.0, 2.0, 3.0)
 
 
-def main() -> None:
-    run_main(lambda: measure(small="--small" in sys.argv[1:]))
-
-
-def measure(small: bool) -> int:
+def measure(small: bool = False) -> int:
     lm = models.load(from_flat({"model": "smollm2-135m-instruct"}))
     trait = personas.load("authority")
     rows, tokens = (6, 16) if small else (24, 64)
@@ -77,4 +72,4 @@ def _floor(lm: models.LM, rows: int, tokens: int) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    command(measure)

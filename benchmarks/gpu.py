@@ -10,20 +10,19 @@ the same architecture, which also runs on a CPU.
 
 from __future__ import annotations
 
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3TextConfig
 
 from benchmarks import plain
+from benchmarks.command import command
 from benchmarks.memory import Measured, gemma_4b, random_model
 from benchmarks.timing import environment, in_turn
 from steerheal import chat, generation, healing, models, personas, weights
-from steerheal.cli import run_main
 from steerheal.errors import UserError
 from steerheal.evaluation import foundations
 from steerheal.forward import token_logps
@@ -32,7 +31,7 @@ from steerheal.history import Student
 from steerheal.settings import Settings, from_flat, preset
 
 CARD = 24 * 2**30
-PARTS = ("fit", "speed", "profile")
+Part = Literal["fit", "speed", "profile"]
 
 
 class Bench:
@@ -226,11 +225,8 @@ def profile(b: Bench) -> dict[str, Any]:
     return result
 
 
-def measure(argv: list[str]) -> int:
-    small = "--small" in argv
-    parts = [argv[argv.index("--part") + 1]] if "--part" in argv else list(PARTS)
-    if not set(parts) <= set(PARTS):
-        raise UserError(f"--part {parts[0]}: allowed: {', '.join(PARTS)}")
+def measure(small: bool = False, part: Part | None = None) -> int:
+    parts = [part] if part else get_args(Part)
     cuda = torch.cuda.is_available()
     if not cuda and not small:
         raise UserError("no CUDA card here: --small runs every part on the CPU")
@@ -252,4 +248,4 @@ def measure(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    run_main(lambda: measure(sys.argv[1:]))
+    command(measure)

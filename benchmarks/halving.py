@@ -7,24 +7,17 @@ as they were; trials that ended early by themselves count as they are.
 from __future__ import annotations
 
 import statistics
-import sys
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import tyro
 
-from steerheal.cli import run_main
+from benchmarks.command import command
 from steerheal.errors import UserError
 from steerheal.halving import GRACE, replay
 
 ORDERS = 200
-
-
-def main() -> None:
-    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
-        print(__doc__)
-        sys.exit(0 if sys.argv[1:] in (["--help"], ["-h"]) else 2)
-    run_main(lambda: report(Path(sys.argv[1])))
 
 
 def trials(path: Path) -> list[list[dict[str, Any]]]:
@@ -37,7 +30,7 @@ def trials(path: Path) -> list[list[dict[str, Any]]]:
     return [group[["trait_gain", "coherence_kept", "violation"]].to_dict("records") for _, group in done.groupby("trial")]
 
 
-def report(path: Path) -> int:
+def report(path: tyro.conf.Positional[Path]) -> int:
     found = trials(path)
     if not any(len(rows) > GRACE for rows in found):
         raise UserError(f"{path}: no finished trial has more than {GRACE} rounds, so halving could save nothing.")
@@ -57,4 +50,4 @@ def report(path: Path) -> int:
 
 
 if __name__ == "__main__":
-    main()
+    command(report)

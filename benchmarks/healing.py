@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import gc
 import multiprocessing
-import sys
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from benchmarks import plain
+from benchmarks.command import command
 from benchmarks.timing import environment, forget_peak, in_turn, resident_peak
 from steerheal import chat, divergence, forward, healing, models, personas
-from steerheal.cli import run_main
 from steerheal.generation import Sampling, generate
 from steerheal.healing import Sample
 from steerheal.history import Student
@@ -27,10 +26,6 @@ from steerheal.settings import HealSettings, from_flat
 SETTINGS = HealSettings(tau=0.0)  # the barrier acts on every completion
 LAM = 0.3
 GEMMA = 262_208  # vocabulary; a batch is 3 completions of 512 tokens, with states of 2560
-
-
-def main() -> None:
-    run_main(lambda: measure(small="--small" in sys.argv[1:]))
 
 
 # ---------------------------------------------------------------- two ways of one step
@@ -128,7 +123,7 @@ def _autocast(action: Callable[[], object]) -> object:
 # ---------------------------------------------------------------- tables
 
 
-def measure(small: bool) -> int:
+def measure(small: bool = False) -> int:
     print(f"SmolLM2-135M, bfloat16, r = {SETTINGS.r}, kl_rev, {environment()}")
     student, samples, parameters = setting()
     epochs = 1 if small else 3
@@ -163,4 +158,4 @@ def measure(small: bool) -> int:
 
 
 if __name__ == "__main__":
-    main()
+    command(measure)

@@ -7,15 +7,14 @@ benchmarks/results. `python -m benchmarks.ladder --draw` draws again from items.
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
 
+from benchmarks.command import command
 from steerheal import models, personas, steering
-from steerheal.cli import run_main
 from steerheal.evaluation import conduct, foundations
 from steerheal.evaluation.readings import Reading, _interval, _weights
 from steerheal.personas import FOUNDATIONS
@@ -26,19 +25,13 @@ MODELS = {"smollm2-135m-instruct": (14, (0, 1, 2, 3, 4, 5, 6, 8)), "qwen2.5-code
 UNASKED = Result({}, dict(conduct=torch.zeros(1), control=torch.zeros(1)))  # where only the foundations are read
 
 
-def main() -> None:
-    arguments = sys.argv[1:]
-    out = Path(arguments[arguments.index("--out") + 1]) if "--out" in arguments else Path(__file__).parent / "results"
-
-    def action() -> int:
-        out.mkdir(parents=True, exist_ok=True)
-        if "--draw" not in arguments:
-            measure(out, small="--small" in arguments)
-        draw(pd.read_csv(out / "items.csv"), out / "ladder")
-        print(f"{out / 'ladder.png'}")
-        return 0
-
-    run_main(action)
+def ladder(small: bool = False, out: Path = Path(__file__).parent / "results", draw: bool = False) -> int:
+    out.mkdir(parents=True, exist_ok=True)
+    if not draw:
+        measure(out, small)
+    picture(pd.read_csv(out / "items.csv"), out / "ladder")
+    print(f"{out / 'ladder.png'}")
+    return 0
 
 
 def measure(out: Path, small: bool) -> None:
@@ -77,7 +70,7 @@ def shift(items: pd.DataFrame, readout: str) -> pd.DataFrame:
     return pd.DataFrame([dict(dose=dose, **_interval(row - means[0], n)._asdict()) for dose, row in zip(table.index, means)])
 
 
-def draw(items: pd.DataFrame, path: Path) -> None:
+def picture(items: pd.DataFrame, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     from analysis import style
@@ -114,4 +107,4 @@ def draw(items: pd.DataFrame, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command(ladder)

@@ -6,7 +6,6 @@ lives (`Live`). On a card, the CUDA allocator's own peak is read. Afterwards the
 
 from __future__ import annotations
 
-import sys
 import weakref
 from typing import Any
 
@@ -15,9 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3TextConfig, LlamaConfig, PretrainedConfig
 
+from benchmarks.command import command
 from benchmarks.timing import environment
 from steerheal import healing, memory, models, weights
-from steerheal.cli import run_main
 from steerheal.forward import token_logps
 from steerheal.generation import Sampling, generate
 from steerheal.history import Student
@@ -128,11 +127,7 @@ def shapes(small: bool) -> list[tuple[str, PretrainedConfig, dict[str, Any]]]:
     return found[1:2] if small else found
 
 
-def main() -> None:
-    run_main(lambda: measure(small="--small" in sys.argv[1:]))
-
-
-def measure(small: bool) -> int:
+def measure(small: bool = False) -> int:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = AutoTokenizer.from_pretrained(weights.locate(weights.EMBEDDED))
     print(f"peak MiB beside the weights, estimated and measured on {device}; {environment()}")
@@ -169,4 +164,4 @@ def gemma_table() -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main()
+    command(measure)

@@ -6,23 +6,18 @@ installed package; what is compared is everything else: frames, thinking, interr
 
 from __future__ import annotations
 
-import sys
 import time
 
 import numpy as np
+import tyro
 
+from benchmarks.command import command
 from steerheal import models, personas
-from steerheal.cli import run_main
 from steerheal.errors import UserError
 from steerheal.evaluation import foundations
 from steerheal.evaluation.readings import Reading
 from steerheal.settings import from_flat
 from steerheal.stages import Result
-
-
-def main() -> None:
-    model, batch = (*sys.argv[1:], *("smollm2-135m-instruct", "1")[len(sys.argv) - 1 :])
-    run_main(lambda: compare(model, batch=int(batch)))
 
 
 def theirs_in_our_protocol() -> foundations.Wording:
@@ -41,7 +36,8 @@ def theirs_in_our_protocol() -> foundations.Wording:
         lambda order: [str(i) for i in range(len(order))], interruption)
 
 
-def compare(model: str, items: int = 10, batch: int = 1) -> int:
+def compare(model: tyro.conf.Positional[str] = "smollm2-135m-instruct", batch: tyro.conf.Positional[int] = 1,
+            items: int = 10) -> int:
     """Print the differences; `batch` is the reference's batch size. Exit code 1 where they exceed 1e-3."""
     try:
         import tinymfv
@@ -79,4 +75,4 @@ def compare(model: str, items: int = 10, batch: int = 1) -> int:
 
 
 if __name__ == "__main__":
-    main()
+    command(compare)

@@ -6,23 +6,17 @@ interruption reuses. Both sides answer the same prompts; their answers are compa
 
 from __future__ import annotations
 
-import sys
-
 import torch
 
 from benchmarks import plain
+from benchmarks.command import command
 from benchmarks.timing import environment, in_turn
 from steerheal import models, personas
-from steerheal.cli import run_main
 from steerheal.evaluation import foundations
 from steerheal.settings import from_flat
 
 
-def main() -> None:
-    run_main(lambda: measure(small="--small" in sys.argv[1:]))
-
-
-def measure(small: bool) -> int:
+def measure(small: bool = False) -> int:
     lm = models.load(from_flat({"model": "smollm2-135m-instruct"}))
     items = personas.vignettes("builtin", 14 if small else 140)
     print(f"foundations on {len(items)} vignettes x 2 frames, {lm.name}, bfloat16, {environment()}")
@@ -44,4 +38,4 @@ def measure(small: bool) -> int:
 
 
 if __name__ == "__main__":
-    main()
+    command(measure)

@@ -8,14 +8,14 @@
 
 Both sides read the same inputs and take turns (`benchmarks/plain.py` is the other side); medians of the turns, and how far
 apart the results are. The arithmetic of our side is counted once, apart from the timing, over the matrix products of linear
-layers; its rate is given as a share of what this machine reaches on one large bfloat16 product.
+layers; its rate is given as a share of what this machine reaches on one large bfloat16 product. --profile prints, in place of
+all that, the operators that take most of each of our stages.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -25,9 +25,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from benchmarks import plain
+from benchmarks.command import command
 from benchmarks.timing import environment, forget_peak, resident_peak
 from steerheal import chat, filtering, healing, models, personas, steering
-from steerheal.cli import run_main
 from steerheal.evaluation import foundations
 from steerheal.generation import Completion, Sampling, generate
 from steerheal.healing import Sample
@@ -48,12 +48,6 @@ class Stage:
     plain: Callable[[], Any]
     tokens: int  # of the completions, prompts or thoughts it is about
     check: Callable[[Any, Any], str]
-
-
-def main() -> None:
-    small = "--small" in sys.argv[1:]
-    repeats = int(sys.argv[sys.argv.index("--repeats") + 1]) if "--repeats" in sys.argv else 1 if small else 3
-    run_main(lambda: measure(small, repeats))
 
 
 def stages(small: bool) -> list[Stage]:
@@ -108,7 +102,12 @@ def heal_plainly(student: Student, samples: list[Sample]) -> list[float]:
         return plain.heal(student, samples, [samples[i] for i in held], epochs, HEAL, LAM)
 
 
-def measure(small: bool, repeats: int) -> int:
+def measure(small: bool = False, repeats: int | None = None, profile: bool = False) -> int:
+    repeats = repeats or (1 if small else 3)
+    if profile:
+        for stage in stages(small):
+            print(f"{stage.name:9} {shares(stage.ours)}", flush=True)
+        return 0
     print(f"one round on SmolLM2-135M, bfloat16, {environment()}, medians of {repeats}")
     ceiling = matmul_rate()
     print(f"one large bfloat16 product: {ceiling / 1e9:.0f} GFLOP/s\n")
@@ -137,6 +136,16 @@ def measure(small: bool, repeats: int) -> int:
     print("RESULT " + " ".join(f"{name}={value:.2f}" for name, value in
                                {"round_ratio": sums[1] / sums[0], **result, "peak_gib": peaks[0]}.items()))
     return 0
+
+
+def shares(side: Callable[[], Any], most: int = 8) -> str:
+    """Where the time of one run goes: the operators that take most of it themselves, by torch's profiler."""
+    side()  # warm
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        side()
+    rows = sorted(profiler.key_averages(), key=lambda row: -row.self_cpu_time_total)
+    whole = sum(row.self_cpu_time_total for row in rows)
+    return ", ".join(f"{row.key} {row.self_cpu_time_total / whole:.0%} ({row.count})" for row in rows[:most])
 
 
 class Flops(TorchDispatchMode):
@@ -173,4 +182,4 @@ def matmul_rate() -> float:
 
 
 if __name__ == "__main__":
-    main()
+    command(measure)

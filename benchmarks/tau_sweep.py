@@ -6,13 +6,12 @@ healing once, and a folder named by --store is gone on with.
 
 from __future__ import annotations
 
-import sys
 import tempfile
 from pathlib import Path
 
+from benchmarks.command import command
 from benchmarks.timing import environment
 from steerheal import models
-from steerheal.cli import run_main
 from steerheal.loop import HealLoop
 from steerheal.settings import from_flat
 from steerheal.stages import Store
@@ -24,13 +23,8 @@ SMALL = {"steer.contexts": 16, "generate.prompts": 4, "generate.n_keep": 12, "ge
          "evaluate.n_fluency": 8, "evaluate.fluency_tokens": 16}
 
 
-def main() -> None:
-    arguments = sys.argv[1:]
-    folder = arguments[arguments.index("--store") + 1] if "--store" in arguments else tempfile.mkdtemp(prefix="tau_sweep-")
-    run_main(lambda: sweep("--small" in arguments, Path(folder)))
-
-
-def sweep(small: bool, folder: Path) -> int:
+def sweep(small: bool = False, store: Path | None = None) -> int:
+    folder = store or Path(tempfile.mkdtemp(prefix="tau_sweep-"))
     base = SETTINGS | (SMALL if small else {})
     lm = models.load(from_flat(base))
     print(f"{lm.name}, {environment()}, stages in {folder}")
@@ -56,4 +50,4 @@ def sweep(small: bool, folder: Path) -> int:
 
 
 if __name__ == "__main__":
-    main()
+    command(sweep)

@@ -9,14 +9,15 @@ foundation tells its own vignettes from the others. Beside them the form with wo
 from __future__ import annotations
 
 import dataclasses
-import sys
 import time
 from collections.abc import Sequence
 
+import tyro
+
+from benchmarks.command import command
 from benchmarks.ladder import UNASKED
 from benchmarks.timing import environment
 from steerheal import models, personas
-from steerheal.cli import run_main
 from steerheal.evaluation import foundations
 from steerheal.evaluation.foundations import OURS, QUESTION
 from steerheal.evaluation.readings import Reading
@@ -40,12 +41,7 @@ FORMS = {
 }
 
 
-def main() -> None:
-    names = [a for a in sys.argv[1:] if not a.startswith("--")] or ["qwen2.5-coder-1.5b-instruct"]
-    run_main(lambda: measure(names[0], small="--small" in sys.argv[1:]))
-
-
-def measure(model: str, small: bool) -> int:
+def measure(model: tyro.conf.Positional[str] = "qwen2.5-coder-1.5b-instruct", small: bool = False) -> int:
     lm = models.load(from_flat({"model": model}))
     items = personas.vignettes("builtin", 14 if small else 70)
     print(f"foundations on {len(items)} vignettes x 2 frames, no thinking, {lm.name}, {environment()}")
@@ -64,4 +60,4 @@ def measure(model: str, small: bool) -> int:
 
 
 if __name__ == "__main__":
-    main()
+    command(measure)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -117,6 +118,8 @@ class Session:
     def set_dose(self, text: str) -> None:
         try:
             dose = float(text)
+            if not math.isfinite(dose):
+                raise ValueError
         except ValueError:
             raise UserError(f"/dose {text}: a number, such as /dose {self.member.row['edge']:.3g} (the edge dose)") from None
         if self.vector is None:

@@ -8,6 +8,7 @@ them.
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 import time
 from collections.abc import Iterable
@@ -46,6 +47,8 @@ def clean(out: Path, days: float, yes: bool) -> int:
         UserError: there is no store.
     """
     store = out / ".stages"
+    if not 0 <= days < math.inf:
+        raise UserError(f"--days {days:g}: must be at least 0")
     if not store.is_dir():
         raise UserError(f"--out {out}: no stage store there ({store}). Name the folder that holds your searches.")
     files = {p.name: p for p in store.glob("??/*") if len(p.name) == 64}

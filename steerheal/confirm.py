@@ -33,8 +33,7 @@ def confirm(plan: Plan, study: Any, k: int, machine: driver.Machine) -> int:
     if front.empty:
         raise UserError(f"{plan.folder}: no round is on the front yet, so there is nothing to confirm. Run the search first.")
     space = plan.space.distributions()
-    used = [plan.settings.seed, *(table["seed"].dropna().astype(int) if "seed" in table else [])]
-    wanted = proposals(front, list(space), [max(used) + 1 + i for i in range(k)])
+    wanted = proposals(front, list(space), [_last_seed(plan, space) + 1 + i for i in range(k)])
     own = dataclasses.replace(plan, name=f"{plan.name}, confirming", folder=plan.folder / "confirm", sampler="grid",
                               halving=False, settings=dataclasses.replace(plan.settings, rounds=int(front["round"].max()) + 1))
     make_folder(own.folder)
@@ -51,6 +50,12 @@ def confirm(plan: Plan, study: Any, k: int, machine: driver.Machine) -> int:
     ledger.write_csv(plan.folder / "confirm.csv", found)
     left = [i for i in searcher.missing(again, len(fixed)) if fixed[i] in wanted]
     return _report(plan.folder, found, ledger.build(again), left, ended)
+
+
+def _last_seed(plan: Plan, space: dict[str, Any]) -> int:
+    """The largest run seed that the search has used or may yet use."""
+    searched: Any = space.get("seed")
+    return max([plan.settings.seed, *getattr(searched, "choices", ()), getattr(searched, "high", 0)])
 
 
 def proposals(front: pd.DataFrame, params: list[str], seeds: list[int]) -> list[dict[str, Any]]:

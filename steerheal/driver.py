@@ -6,6 +6,7 @@ Everything that outlives a run is in the search's folder and in the stage store;
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import logging
 import math
 import os
@@ -26,8 +27,10 @@ from steerheal.errors import UserError
 from steerheal.follower import Follower
 from steerheal.plan import Plan, contents
 from steerheal.settings import to_flat
+from steerheal.stages import disk_error
 
 STOPPED = 75  # EX_TEMPFAIL: give the same command again
+LONGEST_ROOT = 16  # characters of the folder in which Ray's scratch is made: its sockets' names take the rest of their 107
 RESTARTS = 2  # of a trial whose worker or node died; its finished stages are replayed
 
 
@@ -42,9 +45,16 @@ class Machine:
 
     def at_a_time(self) -> int:
         """Trials among which this machine's cards are shared; 1 on a cluster, whose cards are not known yet."""
-        if self.address is not None:
+        if self.address is not None or (self.concurrent == 1 and not self.gpus_per_trial):
             return 1
-        return max(math.ceil(len(weights.cards()) / self.gpus_per_trial), 1) if self.gpus_per_trial else self.concurrent
+        cards = len(weights.cards())
+        share = self.gpus_per_trial or even_share(cards, self.concurrent)
+        return max(math.ceil(cards / share), 1) if share else self.concurrent
+
+
+def even_share(cards: float, concurrent: int) -> float:
+    """What each of so many trials gets of the cards, at most one; so many share a card that all of them are held."""
+    return 1 / math.ceil(concurrent / cards) if cards else 0.0
 
 
 @dataclass(frozen=True)
@@ -92,7 +102,8 @@ def _tune(plan: Plan, search: searcher.StudySearcher, machine: Machine, count: i
     """Run `count` trials. Returns why it was stopped ("", "signal", "hours"), and an error that every trial would meet."""
     os.environ.update(RAY_USAGE_STATS_ENABLED="0", RAY_CHDIR_TO_TRIAL_DIR="0", RAY_AIR_NEW_OUTPUT="0",
                       TUNE_DISABLE_AUTO_CALLBACK_LOGGERS="1", TUNE_DISABLE_SIGINT_HANDLER="1",
-                      RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0", TUNE_GLOBAL_CHECKPOINT_S="10")
+                      RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0",
+                      TUNE_GLOBAL_CHECKPOINT_S="1e9")  # of its own state, which is never read
     import ray
     from ray import tune
 
@@ -112,12 +123,17 @@ def _tune(plan: Plan, search: searcher.StudySearcher, machine: Machine, count: i
             search.idle()  # through the searcher, because Ray pickles this class with all that it names
             if (plan.folder / ".stop").exists():
                 search.todo.clear()  # workers end at their next stage by themselves; those that Ray stops it kills after 10 s
+                return bool(Halt.fatal) or not search.running  # what waits for room that a node took along would wait on
             return bool(Halt.fatal)
 
-    class Recovered(tune.Callback):
-        """A worker's death in a sentence; Ray would print its own traceback."""
+    class Watch(tune.Callback):
+        """Which trials run; and a worker's death in a sentence, where Ray would print its own traceback."""
+
+        def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+            search.running.add(trial.trial_id)
 
         def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+            search.running.discard(trial.trial_id)
             print(f"a worker died or could not be reached; trial {search.index.get(trial.trial_id)} starts again and replays "
                   f"what it had finished", file=sys.stderr, flush=True)
 
@@ -133,10 +149,14 @@ def _tune(plan: Plan, search: searcher.StudySearcher, machine: Machine, count: i
                 tune_config=tune.TuneConfig(search_alg=search, num_samples=count, reuse_actors=True,
                                             max_concurrent_trials=machine.concurrent),
                 run_config=tune.RunConfig(name="run", storage_path=str(scratch), stop=Halt(), verbose=0,
-                                          callbacks=[Recovered()],
+                                          callbacks=[Watch()],
                                           failure_config=tune.FailureConfig(max_failures=RESTARTS)))
             with _stop_requests(plan.folder, machine.hours) as stopped:  # after ray.init, which takes SIGTERM for itself
                 tuner.fit()
+        except OSError as error:
+            if error.errno is None:  # none of a file's
+                raise
+            raise disk_error(scratch, error) from error
         finally:
             ray.shutdown()
             shutil.rmtree(scratch, ignore_errors=True)
@@ -156,37 +176,78 @@ def _connect(machine: Machine, scratch: Path) -> None:
     else:
         where, help_ = f"--address {machine.address}", "docs/cluster.md says how to start a cluster."
     try:
-        ray.init(address=machine.address or "local", **common)
+        with _sigterm_masked():
+            ray.init(address=machine.address or "local", **common)
     except Exception as error:  # a timeout of Ray's own start is a bare Exception
         raise UserError(f"{where}: {(str(error).splitlines() or [''])[0]} {help_}") from None
 
 
+@contextlib.contextmanager
+def _sigterm_masked() -> Iterator[None]:
+    """What Ray starts meanwhile never sees SIGTERM, as it never sees Ctrl-C: `timeout` and batch systems send it to the whole
+    process group, and without its servers the driver could not let the running stage end."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _resources(machine: Machine, device: str) -> dict[str, float]:
-    """Each trial's share of the cores, and of the cards where there are any. A trial never spans two nodes."""
+    """Each trial's share of the cores, and of the cards where there are any: the largest with which as many trials as are
+    asked for find room at a time. A trial never spans two nodes."""
     import ray
 
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    cpus, gpus = (sum(n.get(kind, 0) for n in nodes) for kind in ("CPU", "GPU"))
-    gpu = min(1, gpus / machine.concurrent) if machine.gpus_per_trial is None else machine.gpus_per_trial
+    gpus = sum(n.get("GPU", 0) for n in nodes)
+    gpu = even_share(gpus, machine.concurrent) if machine.gpus_per_trial is None else machine.gpus_per_trial
     gpu = gpu if device != "cpu" else 0.0
     if gpu > max(n.get("GPU", 0) for n in nodes):
         raise UserError(f"--gpus-per-trial {gpu:g}: no node has that many cards (Ray sees {gpus:g} in all), so trials "
                         f"would wait for ever. Leave it out to share what there is.")
-    return {"cpu": max(min(cpus // machine.concurrent, max(n.get("CPU", 0) for n in nodes)), 1), "gpu": gpu}
+
+    def room(cpu: int) -> int:
+        cards = [math.floor(n.get("GPU", 0) / gpu + 1e-9) if gpu else machine.concurrent for n in nodes]
+        return sum(min(int(n.get("CPU", 0)) // cpu, most) for n, most in zip(nodes, cards))
+
+    largest = max(int(n.get("CPU", 0)) for n in nodes)
+    cpu = next((c for c in range(largest, 0, -1) if room(c) >= machine.concurrent), 1)
+    if not room(cpu):
+        raise UserError("no node has both a processor and a card to give, so trials would wait for ever. Start Ray on the "
+                        "nodes with cards with --num-cpus of at least 1.")
+    if room(cpu) < machine.concurrent:
+        print(f"--concurrent {machine.concurrent}: {room(cpu)} find room at a time on what Ray sees; the others wait.")
+    return {"cpu": cpu, "gpu": gpu}
 
 
 def _scratch(plan: Plan, machine: Machine) -> Path:
     """A folder for Ray's own files. On a cluster: in the search's folder, where every node can write. Here: off the
     results' disk, which may be slow or full, and short, because Ray's sockets allow 107 bytes; those of dead drivers are
-    removed."""
+    removed. A living one holds a lock on its folder: its process may be one of another container."""
     if machine.address is not None:
         return plan.folder / ".ray"
-    root = Path(tempfile.gettempdir())
-    for old in root.glob("steerheal-*-*"):
+    root = tempfile.gettempdir()
+    if len(root) > LONGEST_ROOT:
+        root = "/tmp"
+    for old in Path(root).glob("steerheal-*-*"):
         pid = old.name.split("-")[1]
-        if pid.isdigit() and not Path(f"/proc/{pid}").exists():
+        if pid.isdigit() and not Path(f"/proc/{pid}").exists() and _hold(old):
             shutil.rmtree(old, ignore_errors=True)
-    return Path(tempfile.mkdtemp(prefix=f"steerheal-{os.getpid()}-"))
+    try:
+        made = Path(tempfile.mkdtemp(prefix=f"steerheal-{os.getpid()}-", dir=root))
+    except OSError as error:
+        raise disk_error(Path(root), error) from error
+    _hold(made)
+    return made
+
+
+def _hold(folder: Path) -> bool:
+    """Lock a folder for as long as this process lives; False where another has."""
+    try:
+        fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 @contextlib.contextmanager

@@ -1,5 +1,7 @@
 """Errors a user can act on. Every message names the setting or file, the value, what is allowed and the way out."""
 
+from typing import Any
+
 
 class UserError(Exception):
     """A mistake in settings, files or environment. Command lines print it without a traceback and exit with 2."""
@@ -28,7 +30,11 @@ def card_failed(error: BaseException) -> bool:
 
 
 class Starved(Exception):
-    """A round ended with too few completions that survived the filter."""
+    """A round ended with too few completions that survived the filter. `record` is what there is of it, see `HealLoop`."""
+
+    def __init__(self, why: str, record: dict[str, Any]):
+        super().__init__(why)
+        self.record = record
 
 
 class Stop(BaseException):

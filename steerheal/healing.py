@@ -81,10 +81,10 @@ def heal(student: Student, samples: Sequence[Sample], settings: HealSettings, la
 
 @contextlib.contextmanager
 def training(lm: LM) -> Iterator[None]:
-    """What a step runs under. The float32 adapters multiply in the base's bfloat16: a fifth faster, and the reference sees the
-    same rounding. Without cache_enabled=False autocast would go on using the bfloat16 copies of the first step's weights. PEFT
-    would make float32 of an adapter's input before autocast takes it in bfloat16, anew for each linear layer: the layers that
-    are there pass it on as it is."""
+    """What a step runs under. The float32 adapters multiply in the base's bfloat16: a fifth faster, and the reference's linear
+    layers see the same rounding. Without cache_enabled=False autocast would go on using the bfloat16 copies of the first
+    step's weights. PEFT would make float32 of an adapter's input before autocast takes it in bfloat16, anew for each linear
+    layer: the layers that are there pass it on as it is."""
     short = lm.model.dtype == torch.bfloat16
     autocast = torch.autocast(lm.device.type, torch.bfloat16, cache_enabled=False, enabled=short)
     with cpu.products(lm), attention_by_rows(), autocast, disable_input_dtype_casting(lm.model, active=short):

@@ -5,6 +5,7 @@ A whole snapshot in the local cache is used without asking the network, whatever
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 
@@ -54,7 +55,7 @@ def fetch(name: str, commit: str = "") -> Path:
         return found
     try:
         return Path(snapshot_download(name, revision=commit or None, allow_patterns=WANTED))
-    except (HfHubHTTPError, OSError) as error:
+    except Exception as error:  # of the hub's own, of its HTTP client's and of Xet's, which share no base
         raise _told(name, error) from None
 
 
@@ -70,7 +71,7 @@ def bytes_to_fetch(name: str, commit: str = "") -> int:
     disable_progress_bars()  # of asking; fetching shows its own
     try:
         files = snapshot_download(name, revision=commit or None, allow_patterns=WANTED, dry_run=True)
-    except (HfHubHTTPError, OSError) as error:
+    except Exception as error:  # of the hub's own, of its HTTP client's and of Xet's, which share no base
         raise _told(name, error) from None
     finally:
         enable_progress_bars()
@@ -97,7 +98,7 @@ def _told(name: str, error: Exception) -> UserError:
         why = f"the hub knows no such model (or your token may not see it). Allowed: {known}"
     elif status == 401:
         why = f"the hub refuses your token: make a new one at {tokens} and run `hf auth login`"
-    elif isinstance(error, OSError) and error.errno == 28:
+    elif getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
         why = "the disk is full. Free some space, or set HF_HOME to a larger disk; the download goes on where it was"
     else:
         said = f"answered {status}" if status else f"cannot be reached ({type(error).__name__})"

@@ -55,8 +55,13 @@ def create_study(folder: Path) -> optuna.Study:
     return study
 
 
-def conclude(study: optuna.Study, trial: optuna.Trial, rounds: Sequence[dict[str, Any]], end: str, why: str) -> None:
-    """Close a trial: how it ended, a sentence on why where that was no ordinary end, and what it was worth."""
+def conclude(study: optuna.Study, trial: optuna.Trial, rounds: Sequence[dict[str, Any]], end: str, why: str,
+             starved: dict[str, Any]) -> None:
+    """Close a trial: how it ended, a sentence on why where that was no ordinary end, and what it was worth.
+
+    Args:
+        starved: what there is of a round that got too few completions, see `starved`; empty where there is none.
+    """
     told = objectives.worth(end, rounds)
     if told is None and end not in objectives.WORTHLESS:
         why = why or "its readouts are not finite: the model diverged"
@@ -64,6 +69,8 @@ def conclude(study: optuna.Study, trial: optuna.Trial, rounds: Sequence[dict[str
     trial.set_user_attr("end", end)
     if why:
         trial.set_user_attr("error", why)
+    if starved:
+        trial.set_user_attr("starved", starved)
     if told is None:
         study.tell(trial, state=optuna.trial.TrialState.FAIL)
         return
@@ -110,8 +117,8 @@ def view(path: Path, reader: Callable[[Path], pd.DataFrame] = pd.read_csv) -> pd
         raise UserError(f"{path.parent} holds no {path.name}; name a folder that this version of `python -m steerheal.search` "
                         f"wrote.") from None
     except (ArrowInvalid, OSError, pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read ({error}). It is a view: the command that made the search, given again, "
-                        f"writes it anew.") from None
+        raise UserError(f"{path} cannot be read ({error}). It is a view: the command that wrote it, given again, writes "
+                        f"it anew.") from None
 
 
 def searched(table: pd.DataFrame) -> list[str]:
@@ -162,6 +169,13 @@ def finished_rounds(study: optuna.Study) -> dict[int, list[dict[str, Any]]]:
         if index in out and counts[index].state != optuna.trial.TrialState.COMPLETE and len(own) > len(out[index]):
             out[index] = own
     return out
+
+
+def starved(folder: Path) -> list[dict[str, Any]]:
+    """Rounds that got too few completions and so have no row: trial, round, edge, ppl_gate, soup_gate and draws, as in
+    rows."""
+    trials = latest(open_study(folder)) if (folder / study_file.NAME).exists() else {}
+    return [dict(trial=i) | _plain(t.user_attrs["starved"]) for i, t in sorted(trials.items()) if "starved" in t.user_attrs]
 
 
 def front(table: pd.DataFrame) -> pd.DataFrame:

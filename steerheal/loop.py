@@ -93,7 +93,8 @@ class HealLoop:
         self.persona = self.bench.persona
         self.where = "baselines"  # what is going on, in words, for the display
         self.end: str | None = None
-        self.why = ""  # a sentence, where it ended for want of completions
+        self.why = ""  # a sentence, where it ended for want of completions,
+        self.starved: dict[str, Any] = {}  # and that round's columns of the ledger: what was drawn, and the gates
         self._baselines: Baselines | None = None
 
     # ------------------------------------------------------------ the loop
@@ -108,7 +109,7 @@ class HealLoop:
             try:
                 done = self._round(len(outcomes), chain, incoming, baselines)
             except Starved as error:
-                self.end, self.why = "starved", str(error)
+                self.end, self.why, self.starved = "starved", str(error), error.record
                 return
             round_, incoming = done
             chain = round_.chain
@@ -126,10 +127,12 @@ class HealLoop:
         harvest = collected.harvest
         dropped = [reason for draw in (*harvest.probes, *harvest.batches) for reason in draw.dropped]
         drops = {name: dropped.count(name) for name in sorted(set(dropped))}
+        drawn = dict(edge=baselines.edge, ppl_gate=baselines.gate.perplexity, soup_gate=baselines.gate.soup,
+                     draws=collected.draws)
         if len(harvest.kept) < s.generate.min_train:
             why = ", ".join(f"{name} {n}" for name, n in drops.items())
             raise Starved(f"round {r}: {len(harvest.kept)} completions survived the filter (dropped for {why}), "
-                          f"generate.min_train is {s.generate.min_train}")
+                          f"generate.min_train is {s.generate.min_train}", dict(round=r) | drawn)
         samples = [k.sample for k in harvest.kept]
         self.where = f"round {r}, kept completions under the steered student"
         log_ratio = mean(bench.log_ratio(chain, vector, vector_digest, samples, [k.dose for k in harvest.kept]))
@@ -149,11 +152,9 @@ class HealLoop:
         val = healed.record["val_nll"]
         epochs = val.index(min(val[1:]), 1) if s.heal.early_stop else len(val) - 1  # those that made the adapter that is kept
         details = dict(
-            edge=baselines.edge, top_dose=top * harvest.kappa, kappa=harvest.kappa, survival=harvest.survival,
+            top_dose=top * harvest.kappa, kappa=harvest.kappa, survival=harvest.survival,
             kappa_trace=harvest.trace, survival_by_share=collected.survival_by_share, n_kept=len(harvest.kept),
-            drops=drops, ppl_gate=baselines.gate.perplexity,
-            soup_gate=baselines.gate.soup,
-            log_ratio=log_ratio.value, log_ratio_low=log_ratio.low, log_ratio_high=log_ratio.high,
+            drops=drops, **drawn, log_ratio=log_ratio.value, log_ratio_low=log_ratio.low, log_ratio_high=log_ratio.high,
             cos_v0=steering.cosine(vector, first), vector_norm=float(vector.direction().norm()),
             cos_student=steering.cosine(learned, vector), lam_r=s.lam_schedule[r],
             micro_batch=healed.record["micro_batch"],
@@ -161,7 +162,7 @@ class HealLoop:
             val_nll_last=healed.record["val_nll"][epochs], train_nll=healed.record["train_nll"][epochs - 1],
             pressure=_mean([row["pressure"] for row in healed.record["steps"] if "pressure" in row]),
             **after.columns(), **{f"steered_{k}": v for k, v in steered.columns().items()},
-            adapter=personas.texts_digest(bench.identity(after_chain)), draws=collected.draws,
+            adapter=personas.texts_digest(bench.identity(after_chain)),
             stages=after.stages, diary_steered=steered_diary, diary_healed=healed_diary)
         return Round(outcome, after_chain, details), after
 
@@ -207,8 +208,7 @@ class HealLoop:
 
     def _gates(self) -> filtering.Gates:
         self.where = "gates of the filter"
-        scores, _ = self.bench.scores(*self._unsteered())
-        return filtering.gates(scores, self.settings.filter)
+        return filtering.gates(lambda: self.bench.scores(*self._unsteered())[0], self.settings.filter)
 
     def _kl_dose(self, vector: Steers, vector_digest: str) -> float:
         self.where = f"dose at which KL reaches {self.settings.steer.target_kl:g} nats"

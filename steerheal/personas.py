@@ -72,15 +72,20 @@ def load(name: str) -> Persona:
     Raises:
         UserError: no such trait, or the file lacks something; all problems at once.
     """
-    path = Path(name) if name.endswith(".toml") else DATA / "personas" / f"{name}.toml"
+    path = path_of(name)
     try:
         raw = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError:
-        raise UserError(f"persona = {name!r}: no such trait. Built-in: {', '.join(builtin())}; or the path of a .toml "
-                        f"file.") from None
+        raise UserError(f"persona = {name!r}: no such trait. Built-in: {', '.join(builtin())}; or the path of a .toml file, "
+                        f"seen from {Path.cwd()}.") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"persona = {name!r}: {path} is not valid TOML: {error}") from None
     return _parse(raw, path)
+
+
+def path_of(name: str) -> Path:
+    """The file of a trait; whether it is there is another matter."""
+    return Path(name) if name.endswith(".toml") else DATA / "personas" / f"{name}.toml"
 
 
 def _parse(raw: dict[str, Any], path: Path) -> Persona:
@@ -199,6 +204,7 @@ def _pool(items: str) -> list[Vignette]:
     if not path.is_file():
         raise UserError(f"evaluate.items = {items!r}: allowed: builtin, tinymfv:classic, or the path of a JSONL file.")
     out, problems = [], []
+    first: dict[str, int] = {}  # the line of each id
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:
@@ -208,9 +214,14 @@ def _pool(items: str) -> list[Vignette]:
             continue
         try:
             row = json.loads(line)
-            out.append(Vignette(str(row.get("id", number)), row["foundation"], row["text"]))
+            name, text = str(row.get("id", number)), row["text"]
+            out.append(Vignette(name, row["foundation"], text))
             if row["foundation"] not in FOUNDATIONS:
                 problems.append(f"line {number}: foundation {row['foundation']!r}; allowed: {', '.join(FOUNDATIONS)}")
+            if not (isinstance(text, str) and text.strip()):
+                problems.append(f"line {number}: text {text!r}; it must be the words of a vignette")
+            if first.setdefault(name, number) != number:
+                problems.append(f"line {number}: id {name!r} is that of line {first[name]}; each needs its own, or none")
         except (ValueError, KeyError, TypeError, AttributeError):
             problems.append(f"line {number}: needs a JSON object with text and foundation")
     if problems or len(out) < 2:

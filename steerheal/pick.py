@@ -31,11 +31,12 @@ class Args:
     min_coherence: float | None = None
     """instead of an index: the largest trait gain with at least this coherence kept"""
     export: Path | None = None
-    """write the adapter here, in PEFT's format, with a model card"""
+    """write the chosen adapter here, in PEFT's format, with a model card; it is chosen by --index or --min-coherence, here as
+    in --merge and --chat"""
     merge: Path | None = None
     """write base + adapter here as one model, and measure it again"""
     ask: str | None = None
-    """put this question to base and to every member of the front"""
+    """put this question to base and to every member of the front; an answer ends at 128 tokens"""
     chat: bool = False
     """talk to the chosen one; /base and /dose X compare"""
 
@@ -70,6 +71,8 @@ def choose(members: Sequence[Member], index: int | None, min_coherence: float | 
     Raises:
         UserError: there is no such row, or none keeps that much.
     """
+    if index is not None and min_coherence is not None:
+        raise UserError("--index and --min-coherence each choose a row: give one of them.")
     if index is not None:
         if not 0 <= index < len(members):
             raise UserError(f"--index {index}: allowed: 0 to {len(members) - 1}, the rows of the table.")
@@ -110,7 +113,7 @@ def interact(members: Sequence[Member], chosen: Member | None, given: Iterator[s
         word, _, rest = line.strip().partition(" ")
         if word == "quit":
             return
-        if word.isdigit() and int(word) < len(members):
+        if word.isdecimal() and int(word) < len(members):
             chosen = members[int(word)]
             describe(chosen)
         elif word not in ACTIONS or (word != "chat" and not rest.strip()):

@@ -6,6 +6,7 @@ is refused, field by field, because a search whose settings changed half-way wou
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import importlib.metadata
 import json
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from steerheal import __version__, spaces, weights
+from steerheal import __version__, personas, spaces, weights
 from steerheal.errors import UserError
 from steerheal.settings import Settings, from_flat, identity, preset, to_flat
 from steerheal.stages import VERSIONS, atomic_write
@@ -51,8 +52,7 @@ class Plan:
             head["--halving"] = True
         if self.sampler == "grid":
             head["points"] = self.space.points()
-        versions = {f"version of stage {k}": v for k, v in VERSIONS.items()}
-        return head | domains | versions | identity(self.settings) | contents(self.settings)
+        return head | domains | versions() | identity(self.settings) | contents(self.settings)
 
     def write(self) -> None:
         path = self.folder / "search.json"
@@ -67,15 +67,29 @@ class Plan:
         atomic_write(path, json.dumps(body, indent=2).encode())
 
 
+def versions() -> dict[str, int]:
+    """Of the code that results come from, as fields of an identity."""
+    return {f"version of stage {k}": v for k, v in VERSIONS.items()}
+
+
 def contents(settings: Settings) -> dict[str, str]:
-    """Hashes of what settings name by its path: an edited file is another instrument, other weights are another base."""
+    """Hashes of the files that settings name: an edited one is another instrument, other weights are another base.
+
+    Raises:
+        UserError: one of them is not there.
+    """
     persona, items = settings.persona, settings.evaluate.items
-    named = {"persona": persona} if persona.endswith(".toml") else {}
-    named |= {"evaluate.items": items} if items != "builtin" else {}
+    named = {"persona": personas.path_of(persona)}
+    if not items.startswith("tinymfv:"):
+        named["evaluate.items"] = personas.DATA / "vignettes.jsonl" if items == "builtin" else Path(items)
+    if not named["persona"].is_file():
+        personas.load(persona)  # says what is allowed
+    if missing := [field for field, path in named.items() if not path.is_file()]:
+        raise UserError(f"{missing[0]} = {str(named[missing[0]])!r}: no such file, seen from {Path.cwd()}.")
     local = weights.is_local(settings.model)
     model = {"content of model": weights.weights_digest(weights.locate(settings.model))[:16]} if local else {}
-    return model | {f"content of {field}": hashlib.sha256(Path(value).read_bytes()).hexdigest()[:16]
-            for field, value in named.items() if Path(value).is_file()}
+    return model | {f"content of {field}": hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+                    for field, path in named.items()}
 
 
 def environment() -> dict[str, dict[str, str]]:
@@ -107,6 +121,9 @@ def make(space_name: str, *, name: str | None, out: Path, model: str | None, ove
     name = name or space.name
     folder = (out / name).absolute()
     stored = None if fresh or not (folder / "search.json").exists() else read(folder)
+    if stored is not None and not {"identity", "model", "overrides"} <= stored.keys():
+        raise UserError(f"{folder / 'search.json'} is not whole. --restart moves the folder aside and starts anew; the stage "
+                        f"store makes that cheap.")
     if model is not None:
         overrides = overrides | {"model": model}
     if rounds is not None:
@@ -114,7 +131,8 @@ def make(space_name: str, *, name: str | None, out: Path, model: str | None, ove
     chosen_model, note = weights.resolve(
         overrides.get("model") or (stored or {}).get("model") or space.base.get("model", "auto"))
     asked = (stored or {}).get("overrides", {}) | overrides | {"model": chosen_model}
-    settings = from_flat(preset(chosen_model) | space.base | asked)
+    space = dataclasses.replace(space, base=preset(chosen_model) | space.base | asked)  # what its domains must agree with
+    settings = from_flat(space.base)
     searched = set(space.distributions())
     fixed = sorted(searched & set(asked))
     if fixed:
@@ -128,7 +146,7 @@ def make(space_name: str, *, name: str | None, out: Path, model: str | None, ove
     if plan.sampler == "grid" and plan.trials > (points := len(space.points())):
         raise UserError(f"--trials {plan.trials}: the grid of {space.name} has {points} points. --sampler "
                         f"random draws as many as you like.")
-    if stored:
+    if stored is not None:
         _refuse_changes(plan, stored)
         plan.notes = [] if overrides.get("model") != "auto" else plan.notes
     return plan

@@ -21,12 +21,13 @@ from steerheal.stages import Result, Store, store_beside
 
 
 def samples(folder: Path) -> pd.DataFrame:
-    """Every completion of a search: trial, round, kind (probe or batch), kappa, dose (raw), edge_dose, prompt, text, what
-    the filter measured, gate (of perplexity), soup_gate, reasons (space-separated) and kept."""
+    """Every completion of a search, those of starved rounds included: trial, round, kind (probe or batch), kappa, dose (raw),
+    edge_dose, prompt, text, what the filter measured, gate (of perplexity), soup_gate, reasons (space-separated) and kept.
+    """
     store = store_beside(folder)
     rows = []
-    for row in _rounds(folder):
-        for draw in json.loads(row["draws"]):
+    for row in (*_rounds(folder), *ledger.starved(folder)):
+        for draw in json.loads(row.get("draws", "[]")):
             drawn, scored = store.load(draw["completions"]), store.load(draw["scores"])
             if drawn is None or scored is None:
                 continue
@@ -36,7 +37,7 @@ def samples(folder: Path) -> pd.DataFrame:
                                                       scored.record["scores"], draw["reasons"]):
                 rows.append(head | dict(dose=dose, edge_dose=dose / row["edge"], prompt=prompt, text=text, **score,
                                         reasons=why, kept=not why))
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows, columns=None if rows else ["trial", "round", "edge_dose", "kept"])
 
 
 def diary(folder: Path) -> pd.DataFrame:
@@ -101,4 +102,7 @@ def _rounds(folder: Path) -> Iterator[dict[str, Any]]:
 def _baselines(folder: Path) -> pd.DataFrame:
     if ledger.read(folder)["round"].isna().all():
         raise UserError(f"{folder}: no round is finished yet.")
-    return ledger.read_baselines(folder)
+    found = ledger.read_baselines(folder)
+    if found.empty:
+        raise UserError(f"{folder}: baselines.csv is empty. The command that wrote it, given again, writes it anew.")
+    return found

@@ -23,7 +23,8 @@ class Args:
     """hub id, local folder or built-in name; auto takes gemma-3-4b-it on a CUDA card of 20 GiB or more, else the embedded
     model, smollm2-135m-instruct"""
     set: tuple[str, ...] = ()
-    """settings, such as heal.tau=1.0 rounds=2"""
+    """settings, such as heal.tau=1.0 rounds=2 (names and values: steerheal/settings.py, or the page Settings that `make docs`
+    writes)"""
     out: Path = Path("results")
     """where the run's folder, with its report, is made, and .stages, which searches there share"""
     export: Path | None = None
@@ -102,16 +103,17 @@ def _loop(args: Args, settings: Settings, folder: Path) -> int:
     rows = []
     with events.session(folder, concurrent=1):
         loop = HealLoop(settings, models.load(settings), Store(args.out / ".stages", record))
+        single.begin(loop)
         print(f"trait readout: {loop.baselines().trait_reason}")
         for round_ in loop.rounds():
             rows.append(round_.row())
             print(describe(pd.Series(rows[-1])))
             for gate, answer in gates.answers(rows).items():
                 print(f"    {gate}  {answer}", flush=True)
-            single.add(loop, round_)
+            single.add(round_)
             chain = round_.chain
     print(f"ended: {loop.end}" + (f" in {loop.why}" if loop.why else ""))
-    print(f"report: {single.finish(str(loop.end), loop.why) / 'report.html'}")
+    print(f"report: {single.finish(loop) / 'report.html'}")
     if args.export and chain:
         rounds = [history.from_tensors(loop.bench.stored(digest).tensors) for digest in chain]
         history.export(history.fold(rounds), args.export, base_name(settings.model), single.commit)

@@ -20,28 +20,31 @@ from steerheal.cli import merged_flags, run_main
 from steerheal.errors import UserError
 from steerheal.plan import Plan, make
 from steerheal.settings import parse_assignments
-from steerheal.stages import atomic_write, locked
+from steerheal.stages import atomic_write, disk_error, locked
+
+LONGEST = 1e6  # hours; a timer takes no more than about 2.5e6
 
 
 @dataclasses.dataclass
 class Args:
     """Search over steer-heal loops; the same command again resumes. Results go to OUT/NAME."""
 
-    space: Annotated[str, tyro.conf.Positional] = ""
+    space: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SPACE")] = ""
     """the search space: a file in search_spaces/ (see --list)"""
     file: Annotated[Path | None, tyro.conf.arg(name="space")] = None
     """a search space of your own, instead of a name: a .py file anywhere"""
     trials: int | None = None
     """trials in all, those already done included (default: what the search was begun with, else the space's budget)"""
     rounds: int | None = None
-    """rounds per trial"""
+    """rounds per trial (default: what the search was begun with, else the space's, else the model's)"""
     hours: float | None = None
-    """wall budget of this run; it then stops at the next stage, and the same command goes on"""
+    """wall budget of this run, in hours; it then stops at the next stage, and the same command goes on"""
     model: str | None = None
     """hub id, local folder or built-in name; auto takes gemma-3-4b-it on a CUDA card of 20 GiB or more, else the
-    embedded model, smollm2-135m-instruct"""
+    embedded model, smollm2-135m-instruct (default: what the search was begun with, else the space's, else auto)"""
     set: tuple[str, ...] = ()
-    """settings of every trial, such as heal.lam=1.0 filter.coherence=false"""
+    """settings of every trial, such as heal.lam=1.0 filter.coherence=false (names and values: steerheal/settings.py, or the
+    page Settings that `make docs` writes)"""
     name: str | None = None
     """folder of the results (default: the space's name)"""
     out: Path = Path("results")
@@ -49,9 +52,9 @@ class Args:
     sampler: str | None = None
     """tpe, nsgaii, gp, random or grid (default: what the search was begun with, else the space's, mostly tpe)"""
     seed: int | None = None
-    """of the proposals; run seeds are --set seed=N"""
+    """of the proposals (default: what the search was begun with, else 0); run seeds are --set seed=N"""
     halving: bool = False
-    """stop a trial after 2, 4, 8, ... rounds when half of its rivals dominate it"""
+    """end a trial after 2, 4, 8, ... rounds when at least half of those that got as far are on better fronts"""
     concurrent: int = 1
     """trials at a time, each with its share of the cores and of the GPU"""
     gpus_per_trial: float | None = None
@@ -63,7 +66,8 @@ class Args:
     restart: bool = False
     """move the results folder aside and start anew (the stage store stays)"""
     dry_run: bool = False
-    """say what would run, what the store has already, and what it will cost; run nothing"""
+    """say what would run, what the store has already, and what it will cost; runs nothing, but reads the model, and fetches
+    one that is not here"""
     status: bool = False
     """how far the search is, running or not; from any terminal"""
     list: bool = False
@@ -110,6 +114,8 @@ def search(args: Args, space: str) -> int:
                 fresh=args.restart)
     for note in plan.notes:
         print(note)
+    if args.confirm and not plan.resumed:
+        raise UserError(f"{plan.folder} holds no search whose front could be confirmed. Run it first, without --confirm.")
     if args.dry_run:
         from steerheal.dryrun import report
 
@@ -128,16 +134,20 @@ def _check(args: Args) -> None:
     problems = [f"--{field} {getattr(args, field)}: must be at least 1"
                 for field in ("trials", "rounds", "concurrent", "confirm")
                 if getattr(args, field) is not None and getattr(args, field) < 1]
-    for field, low, words in (("hours", 0.0, "above 0"), ("gpus_per_trial", -1e-9, "at least 0")):
-        value = getattr(args, field)
-        if value is not None and not low < value < float("inf"):
-            problems.append(f"--{field.replace('_', '-')} {value:g}: must be {words}")
+    if args.hours is not None and not 0 < args.hours <= LONGEST:
+        problems.append(f"--hours {args.hours:g}: must be above 0, and at most {LONGEST:g}")
+    share = args.gpus_per_trial
+    if share is not None and not (0 <= share <= 1 or (share > 1 and share.is_integer())):
+        problems.append(f"--gpus-per-trial {share:g}: must be at least 0, and above 1 a whole number")
+    problems += [f"--{field}: names nothing; leave it out for the default" for field in ("model", "name", "sampler")
+                 if getattr(args, field) == ""]
     if args.sampler not in (None, *spaces.SAMPLERS):
         problems.append(f"--sampler {args.sampler}: allowed: {', '.join(spaces.SAMPLERS)}")
-    if args.confirm and (args.dry_run or args.restart):
-        problems.append("--confirm goes with neither --dry-run nor --restart: it runs the front of a search that is there")
-    if args.name is not None and Path(args.name).name != args.name:
-        problems.append(f"--name {args.name}: must be a name; --out is the folder in which it lies")
+    if args.confirm and (args.dry_run or args.restart or args.trials):
+        problems.append("--confirm goes with neither --dry-run, --restart nor --trials: it runs the front of a search that is "
+                        "there")
+    if args.name and (Path(args.name).name != args.name or args.name.startswith(".")):
+        problems.append(f"--name {args.name}: must be a name that begins with no dot; --out is the folder in which it lies")
     if args.space and args.file:
         problems.append(f"{args.space} and --space {args.file}: name one search space")
     if problems:
@@ -150,7 +160,10 @@ def _move_aside(folder: Path) -> None:
         with locked(folder / ".lock", wait=False):
             pass  # nobody is writing there
         aside = folder.with_name(f"{folder.name}.{time.strftime('%Y%m%d-%H%M%S')}")
-        os.replace(folder, aside)
+        try:
+            os.replace(folder, aside)
+        except OSError as error:
+            raise disk_error(folder, error) from error
         print(f"moved {folder} to {aside}")
 
 

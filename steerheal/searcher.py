@@ -89,6 +89,7 @@ class StudySearcher(Searcher):
         self.rounds: dict[str, list[dict[str, Any]]] = {}
         self.index: dict[str, int] = {}
         self.halved: set[str] = set()
+        self.running: set[str] = set()  # Ray's ids of the trials that have a worker
 
     def suggest(self, trial_id: str) -> Any:
         if not self.todo:
@@ -153,11 +154,12 @@ class StudySearcher(Searcher):
             self.on_change(self.index[trial_id], row)
 
     def _tell(self, trial_id: str, result: dict[str, Any], error: bool) -> None:
+        self.running.discard(trial_id)
         trial, rounds = self.trials.pop(trial_id), self.rounds.pop(trial_id)
         end = "killed" if error else result.get("end") or ("halved" if trial_id in self.halved else "stopped")
         why = ("its worker died again and again: killed by the system (memory?), by an error of the card (errors/ holds it), "
                "or its machine went away") if error else result.get("error", "")
-        conclude(self.study, trial, rounds, end, why)
+        conclude(self.study, trial, rounds, end, why, json.loads(result.get("starved") or "{}"))
         self.on_change(self.index[trial_id], None)
 
     def _guard(self, action: Callable[..., None], *args: Any) -> None:

@@ -92,8 +92,8 @@ class HealSettings:
     early_stop: int = number(0, 0, help="stop after so many epochs without a better validation NLL, and keep the best "
                                         "epoch's adapter; 0 = train every epoch and keep the last")
     micro_batch: int = number(6, 1, 4096, identity=False, help="completions per forward pass")
-    gradient_checkpointing: bool = free(False, identity=False, help="recompute each block in the backward pass: a third "
-                                                                    "slower, far less memory")
+    gradient_checkpointing: bool = free(False, identity=False, help="recompute each block in the backward pass: about a third "
+                                                                    "more arithmetic, far less memory")
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,8 @@ class EvaluateSettings:
     trait: str = choice("auto", "auto", "foundation", "conduct", *SIGNED,
                         help="readout of trait_gain; auto takes conduct where the trait's file asks for it, else its "
                              "foundation where that is valid at base, else conduct")
-    items: str = free("builtin", help="vignettes: builtin, tinymfv:NAME, or a JSONL file with text and foundation")
+    items: str = free("builtin", help="vignettes: builtin, tinymfv:NAME (classic, scifi, ai-actor), or a JSONL file with text "
+                                      "and foundation")
     n_items: int = number(70, 7, help="vignettes, a stratified sample")
     shots: int = choice(14, 0, 7, 14, help="worked examples before each vignette")
     think_tokens: int = number(0, 0, 4096, help="greedy thinking before the answer")
@@ -117,7 +118,7 @@ class Settings:
     dtype: str = choice("bfloat16", "bfloat16", "float32", help="dtype of the base weights")
     quantise: str = choice("none", "none", "nf4", help="4-bit NF4 through bitsandbytes")
     attention: str = choice("sdpa", "sdpa", "eager", help="implementation of attention")
-    persona: str = free("authority", help="the trait: a built-in persona or a TOML file")
+    persona: str = free("authority", help="the trait: authority, love, or a TOML file")
     rounds: int = number(3, 1, 1000, help="rounds of each loop")
     seed: int = number(0, 0, 2**31 - 1, help="run seed: every draw of the loop derives from it")
     device: str = choice("auto", "auto", "cpu", "cuda", identity=False, help="auto takes a CUDA card where there is one")
@@ -195,6 +196,8 @@ def _cross_field_problems(s: Settings, wrong: set[str]) -> list[str]:
     for name, doses in (("generate.doses", s.generate.doses), ("evaluate.ladder", s.evaluate.ladder)):
         if name not in wrong and any(d <= 0 for d in doses):
             out.append(f"{name} = {doses!r}: every dose must be above 0")
+        elif name == "generate.doses" and name not in wrong and max(doses) != 1:
+            out.append(f"{name} = {doses!r}: the largest must be 1, the full dose, whose size steer.alpha says")
     if not {"generate.min_train", "generate.n_keep"} & wrong and s.generate.min_train > s.generate.n_keep:
         out.append(f"generate.min_train = {s.generate.min_train}: must not exceed generate.n_keep = "
                    f"{s.generate.n_keep}, or every trial starves")
@@ -245,9 +248,9 @@ def from_flat(flat: dict[str, Any]) -> Settings:
             continue
         kind = typing.get_type_hints(_owner(name))[name.split(".")[-1]]
         if typing.get_origin(kind) is tuple and isinstance(value, (list, tuple)):
-            value = tuple(value)
-        elif kind is float and isinstance(value, int) and not isinstance(value, bool):
-            value = float(value)  # 1 and 1.0 must be one identity
+            value = tuple(_as_float(v) for v in value)
+        elif kind is float:
+            value = _as_float(value)
         here = nested
         *path, last = name.split(".")
         for part in path:
@@ -264,6 +267,11 @@ def from_flat(flat: dict[str, Any]) -> Settings:
     if problems:
         raise SettingsError(problems)
     return settings
+
+
+def _as_float(value: Any) -> Any:
+    """A whole number as a float, for 1 and 1.0 must be one identity; anything else as it is."""
+    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
 def _owner(name: str) -> Any:

@@ -19,8 +19,9 @@ from steerheal.stages import atomic_write, canonical
 
 
 def folder_of(out: Path, settings: Settings) -> Path:
-    """OUT/run-DIGEST, beside the stage store."""
-    return out.absolute() / f"run-{hashlib.sha256(canonical(identity(settings))).hexdigest()[:8]}"
+    """OUT/run-DIGEST, beside the stage store; of the settings, and of the files that they name."""
+    body = identity(settings) | plan.contents(settings)
+    return out.absolute() / f"run-{hashlib.sha256(canonical(body)).hexdigest()[:8]}"
 
 
 class Single:
@@ -30,7 +31,8 @@ class Single:
         self.folder = folder
         self.commit = weights.hub_commit(weights.locate(settings.model))
         body = dict(name=folder.name, space="one loop", model=settings.model, overrides={}, sampler="none", seed=0, trials=1,
-                    identity=identity(settings), settings=to_flat(settings), commit=self.commit,
+                    identity=plan.versions() | identity(settings) | plan.contents(settings),
+                    settings=to_flat(settings), commit=self.commit,
                     created=time.strftime("%Y-%m-%d %H:%M:%S"), **plan.environment())
         atomic_write(self.folder / "search.json", json.dumps(body, indent=2).encode())
         (self.folder / "study.db").unlink(missing_ok=True)
@@ -39,18 +41,21 @@ class Single:
         self.trial.set_user_attr("index", 0)
         self.rounds: list[dict[str, Any]] = []
 
-    def add(self, loop: HealLoop, round_: Round) -> None:
-        """A round ended: rebuild ledger and report."""
+    def begin(self, loop: HealLoop) -> None:
+        """Measure the baselines, and keep them."""
         self.study.set_user_attr("baselines", loop.baselines().rows())
         self.study.set_user_attr("trait", loop.baselines().trait_reason)
+
+    def add(self, round_: Round) -> None:
+        """A round ended: rebuild ledger and report."""
         self.rounds.append(round_.row())
         self.trial.set_user_attr("rounds", self.rounds)
         ledger.write(self.study, self.folder)
         report.refresh(self.folder)
 
-    def finish(self, end: str, why: str) -> Path:
-        """The loop ended, and why if it says so: close the study, draw every figure. The folder."""
-        ledger.conclude(self.study, self.trial, self.rounds, end, why)
+    def finish(self, loop: HealLoop) -> Path:
+        """The loop ended: close the study, draw every figure. The folder."""
+        ledger.conclude(self.study, self.trial, self.rounds, str(loop.end), loop.why, loop.starved)
         ledger.write(self.study, self.folder)
         report.refresh(self.folder, whole=True)
         return self.folder

@@ -17,8 +17,11 @@ from steerheal.errors import SettingsError, UserError
 from steerheal.settings import from_flat, leaves
 
 FIELDS = {"HYPOTHESIS": str, "BASE": dict, "TRIALS": int, "COST": str}
+# What measures: trials of one front must have it in common.
 INSTRUMENT = ("model", "dtype", "quantise", "attention", "device", "persona", "evaluate.", "filter.ppl_gate",
-              "filter.repetition_gate", "filter.soup_gate")  # what measures: trials of one front must have it in common
+              "filter.repetition_gate", "filter.soup_gate",
+              # base's own completions are drawn so, and they set the gates by which fluency is judged
+              "generate.max_new_tokens", "generate.temperature", "generate.top_p", "generate.top_k")
 SAMPLERS = ("tpe", "nsgaii", "gp", "random", "grid")
 
 
@@ -109,10 +112,13 @@ class Space:
             out: Any = getattr(self.module, function)()
         except Exception as error:
             raise _unreadable(self.name, self.path, error) from error
-        whole = isinstance(out, dict) if kind is dict else isinstance(out, list) and all(isinstance(p, dict) for p in out)
-        if not whole:
+        dicts = out if isinstance(out, list) else [out]
+        if not isinstance(out, kind) or not all(isinstance(d, dict) and all(isinstance(k, str) for k in d) for d in dicts):
             raise UserError(f"search space {self.name}: {self.path}: {self._at(function)}{function}() must return "
-                            + ("a dict of domains" if kind is dict else "a list of dicts"))
+                            + ("a dict of domains" if kind is dict else "a list of dicts") + ", by the names of settings")
+        odd = [f"{self._at(k)}{k} = {v!r}" for d in dicts for k, v in d.items() if kind is list and isinstance(v, (dict, set))]
+        if odd:
+            raise UserError(f"search space {self.name}: {self.path}: {'; '.join(odd)}: must be a value of the setting")
         return out
 
     def _at(self, word: str) -> str:
@@ -156,11 +162,13 @@ def load(name: str) -> Space:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise _unreadable(path.stem, path, error) from error
     problems = [f"{_line_of(path, field)}{field} " + ("is missing" if not hasattr(module, field) else
                 f"= {getattr(module, field)!r}: must be {kind.__name__}")
                 for field, kind in FIELDS.items() if type(getattr(module, field, None)) is not kind]
+    if type(getattr(module, "TRIALS", None)) is int and module.TRIALS < 1:
+        problems.append(f"{_line_of(path, 'TRIALS')}TRIALS = {module.TRIALS}: must be at least 1")
     if not any(callable(getattr(module, f, None)) for f in ("domains", "points")):
         problems.append("domains() is missing")
     base = getattr(module, "BASE", None)
@@ -176,7 +184,7 @@ def load(name: str) -> Space:
     return Space(path.stem, path, module.HYPOTHESIS, dict(module.BASE), module.TRIALS, module.COST, sampler, module)
 
 
-def _unreadable(name: str, path: Path, error: Exception) -> UserError:
+def _unreadable(name: str, path: Path, error: BaseException) -> UserError:
     lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
     line = error.lineno if isinstance(error, SyntaxError) else (lines or [None])[-1]
     return UserError(f"search space {name}: {path} cannot be read" + (f", line {line}" if line else "") +

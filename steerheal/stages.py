@@ -32,6 +32,7 @@ MAGIC = "steerheal-stage/1"
 VERSIONS = {
     "vector": 4, "states": 3, "kl_dose": 3, "completions": 6, "scores": 4, "log_ratio": 3, "diary": 5, "heal": 8,
     "foundations": 7, "conduct": 3, "fluency": 7, "free_answers": 5,
+    "round": 1,  # no stage: what a round makes of its stages
 }
 
 
@@ -136,6 +137,9 @@ class Store:
             return Result(json.loads(rest[: int(size)])["record"], _tensors(rest[int(size) :]), digest)
         except (FileNotFoundError, ValueError, SafetensorError):  # the last two: text that is no head, a flipped size
             return None
+        except OSError as error:
+            raise UserError(f"the stage store cannot be read: {self.path(digest)}: {error.strerror}. Make it readable for "
+                            f"this user, or delete that file, and give the same command again.") from None
 
     def head(self, digest: str) -> dict[str, Any] | None:
         """Name, version, inputs and seconds of a stored stage, without its tensors; None where `load` would find none."""
@@ -194,7 +198,8 @@ def disk_error(path: Path, error: OSError) -> UserError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return UserError(f"the disk is full: {path} could not be written. Everything finished so far is kept; free "
                          f"some space and give the same command again to go on.")
-    return UserError(f"cannot write {path}: {error.strerror}. Choose a folder you can write with --out DIR.")
+    return UserError(f"cannot write {path}: {error.strerror}. Choose a folder that you can write: --out DIR, where "
+                     f"the command takes it.")
 
 
 @contextlib.contextmanager

@@ -25,6 +25,7 @@ class Scalars:
         if row["round"] == 0:
             shutil.rmtree(target, ignore_errors=True)
         numbers = {k: v for k, v in row.items() if isinstance(v, (int, float)) and k not in SKIPPED and math.isfinite(v)}
-        with SummaryWriter(str(target)) as writer:
+        # a file's name has its second, and two rounds that are replayed may share that
+        with SummaryWriter(str(target), filename_suffix=f".{row['round']}") as writer:
             for name, value in numbers.items():
                 writer.add_scalar(name, value, row["round"])

@@ -87,6 +87,8 @@ def cuda_memory_gb() -> float:
 
 def resolve(name: str) -> tuple[str, str]:
     """(model name, a sentence on the choice). `auto` is gemma-3-4b-it on a 20 GB CUDA card, else the embedded model."""
+    if not isinstance(name, str):
+        raise UserError(f"model = {name!r}: must be text")
     if name != "auto":
         return name, ""
     memory = cuda_memory_gb()
@@ -244,7 +246,7 @@ def _remembered_sha(files: list[Path]) -> str:
     if memo.exists():
         return memo.read_text()
     digest = _sha(files)
-    if os.access(cache_dir().parent, os.W_OK):
+    with contextlib.suppress(UserError):  # a cache that cannot be written costs time, and nothing else
         atomic_write(memo, digest.encode())
     return digest
 

@@ -182,7 +182,9 @@ class Workbench:
             scores = filtering.score(self.student, self.persona, prompts, completions)
             return Result(dict(scores=[asdict(s) for s in scores]))
 
-        found = self._stage("scores", (), dict(completions=digest, patterns=patterns), compute)
+        # taken under base, which every student holds: whatever history is loaded may stay
+        inputs = dict(model=self.lm.digest, student=[], completions=digest, patterns=patterns)
+        found = self.store.stage("scores", inputs, compute)
         return [filtering.Score(**s) for s in found.record["scores"]], found.digest
 
     def log_ratio(self, chain: Chain, vector: Steers, vector_digest: str, samples: Sequence[healing.Sample],
@@ -228,7 +230,7 @@ class Workbench:
         h = self.settings.heal
         lam = self.settings.lam_schedule[r]
         inputs = dict(samples=personas.texts_digest([[s.prompt, s.targets] for s in samples]), round=r,
-                      seed=self.settings.seed, barrier=h.barrier, r=h.r, band=list(h.band), lr=h.lr, epochs=h.epochs,
+                      seed=self.settings.seed, barrier=h.barrier, r=h.r, band=self.lm.band(*h.band), lr=h.lr, epochs=h.epochs,
                       batch=h.batch, weight_decay=h.weight_decay, spectral_lam=h.spectral_lam,
                       early_stop=h.early_stop)
         if h.barrier != "nll":  # without a barrier these are read by nothing

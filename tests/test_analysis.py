@@ -58,7 +58,7 @@ def make_search(tmp_path, monkeypatch):
 
 
 def write_search(folder, trials=12, rounds=3, change=lambda row: row, space=SPACE, baselines=True, seed=0, settings=(),
-                 storage=None):
+                 storage=None, identity=None):
     """`change` edits each row before it is stored."""
     folder.mkdir(parents=True)
     rng = np.random.default_rng(seed)
@@ -82,7 +82,7 @@ def write_search(folder, trials=12, rounds=3, change=lambda row: row, space=SPAC
             authority_nats=-2.1 - gain, care_nats=-2.4) for label, dose, gain, kept in ladder])
     made = {"model": "tiny", "persona": "authority", "dtype": "float32", "evaluate.shots": 0, "evaluate.trait": "auto"}
     made |= dict(settings)
-    (folder / "search.json").write_text(json.dumps(dict(settings=made)))
+    (folder / "search.json").write_text(json.dumps(dict(settings=made, identity=identity or {})))
     ledger.write(study, folder)
     return study
 
@@ -147,6 +147,18 @@ def test_searches_that_measure_differently_are_refused(make_search, settings, wo
         pareto.data(make_search("a", trials=1), make_search("b", trials=1, settings=settings))
 
 
+@pytest.mark.parametrize("field", ["content of persona", "version of stage conduct"])
+def test_other_code_or_another_file_behind_the_same_settings_is_refused(make_search, field):
+    with pytest.raises(UserError, match=rf"{field}: 1 in .*, 2 in"):
+        pareto.data(*(make_search(name, trials=1, identity={field: n}) for n, name in ((1, "a"), (2, "b"))))
+
+
+def test_a_search_is_compared_with_others_and_not_with_itself(make_search):
+    folder = make_search(trials=1)
+    with pytest.raises(UserError, match="named twice"):
+        pareto.data(folder, folder.parent / "." / folder.name)
+
+
 def test_another_readout_is_refused(make_search):
     other = make_search("b", trials=1, change=lambda row: row | {"trait": "authority_nats"})
     with pytest.raises(UserError, match=r"trait readout: 'conduct_nats' in .*, 'authority_nats' in"):
@@ -164,7 +176,27 @@ def test_color_takes_a_column_of_the_ledger(make_search):
     with pytest.raises(UserError, match=r"did you mean heal\.tau"):
         pareto.data(folder, color="heal.tua")
     with pytest.raises(UserError, match="one search"):
-        pareto.data(folder, folder, color="heal.tau")
+        pareto.data(folder, make_search("another", trials=1), color="heal.tau")
+
+
+def test_a_key_of_long_names_is_broken_into_lines_under_the_title(make_search):
+    names = ["[1.0]", "[0.5, 1.0]", "[0.5, 0.75, 1.0]", "[0.25, 0.5, 0.75, 1.0]", "[0.125, 0.25, 0.5, 0.75, 1.0]"]
+    folder = make_search(change=lambda row: row | {"doses": names[row["round"]]})
+    figure = pareto.draw(pareto.data(folder, color="doses"))
+    title = figure.axes[0].title if figure.axes[0].title.get_text() else figure.axes[0]._left_title
+    keys = [t.get_window_extent() for t in figure.axes[0].texts if t.get_text() in names]
+    boxes = [*keys, title.get_window_extent()]
+    assert len(keys) == 3 and not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+
+
+def test_more_categories_than_colours_are_refused(make_search):
+    with pytest.raises(UserError, match="36 different values, more than the 6 colours"):
+        pareto.data(make_search(), color="adapter")
+
+
+def test_an_nll_round_is_no_inert_barrier(make_search):
+    rounds = knobs.data(make_search(change=lambda row: row | {"duty": 0.0, "flags": "inert" if row["round"] else ""})).rounds
+    assert list(knobs._inert(rounds)) == [bool(r) for r in rounds["round"]]
 
 
 def test_labels_cover_neither_points_nor_each_other(make_search):

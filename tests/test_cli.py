@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from torch import OutOfMemoryError
 
-from steerheal import plan, spaces, weights
+from steerheal import personas, plan, spaces, weights
 from steerheal import run as one_run
 from steerheal.cli import merged_flags, setting_flags
 from steerheal.errors import UserError
@@ -59,7 +59,12 @@ def test_listing_and_help_load_nothing_heavy(flag):
     (["quickstart", "--trials", "0", "--sampler", "magic"], ["--trials 0", "tpe, nsgaii, gp, random, grid"]),
     (["quickstart", "--hours", "-1", "--confirm", "0", "--gpus-per-trial", "-1"],
      ["--hours -1: must be above 0", "--confirm 0: must be at least 1", "--gpus-per-trial -1: must be at least 0"]),
-    (["quickstart", "--confirm", "2", "--restart"], ["--confirm goes with neither --dry-run nor --restart"]),
+    (["quickstart", "--confirm", "2", "--restart"], ["--confirm goes with neither --dry-run, --restart nor --trials"]),
+    (["quickstart", "--confirm", "2"], ["holds no search", "without --confirm"]),
+    (["quickstart", "--name", ".stages"], ["--name .stages: must be a name"]),
+    (["quickstart", "--model", "", "--hours", "1e7"], ["--model: names nothing", "--hours 1e+07"]),
+    (["quickstart", "--gpus-per-trial", "1.5"], ["--gpus-per-trial 1.5", "whole number"]),
+    (["quickstart", "--set", 'model=["a"]'], ["model = ['a']: must be text"]),
     (["quickstart", "--sampler", "grid"], ["heal.tau of space quickstart is a range", "tune.choice"]),
     (["reg", "--trials", "22"], ["the grid of reg has 21 points"]),
     (["--space", "nowhere.py"], ["nowhere.py: no such file"]),
@@ -154,6 +159,39 @@ def test_an_edited_file_is_another_search(tmp_path):
     items.write_text("two")
     with pytest.raises(UserError, match=r"content of evaluate\.items"):
         make(tmp_path)
+
+
+def test_so_is_an_edited_trait_however_it_is_named_and_a_missing_one_is_told(tmp_path, monkeypatch):
+    for data in (personas.DATA / "personas").iterdir():
+        (tmp_path / "data" / "personas").mkdir(parents=True, exist_ok=True)
+        shutil.copy(data, tmp_path / "data" / "personas")
+    shutil.copy(personas.DATA / "vignettes.jsonl", tmp_path / "data")
+    monkeypatch.setattr(personas, "DATA", tmp_path / "data")
+    make(tmp_path, overrides={"persona": "love"}).write()
+    make(tmp_path)
+    with (tmp_path / "data" / "personas" / "love.toml").open("a") as file:
+        file.write("# edited")
+    with pytest.raises(UserError, match="content of persona"):
+        make(tmp_path)
+    with pytest.raises(UserError, match=rf"no such trait.*\.toml file, seen from {Path.cwd()}"):
+        make(tmp_path, name="other", overrides={"persona": "gone.toml"}).identity()
+
+
+def test_a_search_json_that_is_not_whole_is_not_gone_on_with(tmp_path):
+    (tmp_path / "quickstart").mkdir()
+    (tmp_path / "quickstart" / "search.json").write_text("{}")
+    with pytest.raises(UserError, match=r"not whole.*--restart"):
+        make(tmp_path)
+
+
+def test_domains_must_agree_with_what_is_set_beside_them(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text('HYPOTHESIS = COST = "h"\nBASE = {}\nTRIALS = 2\ndef domains():\n    from ray import tune\n'
+                    '    return {"generate.n_keep": tune.randint(16, 31)}\n')
+    given = dict(name=None, out=tmp_path, model="m", trials=None, rounds=None, sampler=None, seed=None)
+    assert plan.make(str(path), overrides={}, **given).trials == 2
+    with pytest.raises(UserError, match=r"generate\.n_keep = 16: generate\.min_train = 20"):
+        plan.make(str(path), overrides={"generate.min_train": 20}, **given).identity()
 
 
 def test_other_weights_in_the_same_folder_are_another_search(tiny_folder, tmp_path, monkeypatch):

@@ -1,9 +1,10 @@
 import math
+import types
 
 import optuna
 import pandas as pd
 import pytest
-from optuna.distributions import FloatDistribution, IntDistribution
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
 from steerheal import confirm
 
@@ -41,6 +42,12 @@ def test_a_space_that_searches_rounds_finds_its_runs():
     runs = study((wanted[0], [(0.3, 1.0)]), (wanted[1], [(0.5, 0.95), (0.9, 0.92)]))
     found = confirm.results(front, ["heal.tau", "rounds"], 0, runs)
     assert confirm.stays(found)["n"].tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("searched,last", [
+    ({}, 3), ({"seed": CategoricalDistribution([0, 7, 2])}, 7), ({"seed": IntDistribution(0, 9)}, 9)])
+def test_fresh_seeds_are_those_that_the_search_will_not_use_either(searched, last):
+    assert confirm._last_seed(types.SimpleNamespace(settings=types.SimpleNamespace(seed=3)), searched) == last
 
 
 def test_who_stays_and_how_much_seeds_move():

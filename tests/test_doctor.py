@@ -1,5 +1,6 @@
 """What the doctor says of machines that are not at hand: each failure in words, with its way out."""
 
+import dataclasses
 import importlib.util
 import os
 import shutil
@@ -70,7 +71,11 @@ def test_a_cpu_build_beside_a_card_and_a_card_in_use(gemma, tmp_path):
     ok, text = said(GEMMA, tmp_path)["torch"]
     assert not ok and "CPU build" in text and "pytorch.org" in text
     gemma.setattr(weights, "cards", lambda: [("RTX 3090", 24.0, 6.0)])
-    assert "nvidia-smi" in said(GEMMA, tmp_path)["card"][1]
+    found = said(GEMMA, tmp_path)  # whether what is free is enough, the model's shape says
+    assert found["card"][0] and not found["fits"][0] and "nvidia-smi" in found["fits"][1]
+    gemma.setattr(weights, "cards", lambda: [])
+    found = said(dataclasses.replace(GEMMA, device="cuda"), tmp_path)
+    assert not found["card"][0] and "--set device=auto" in found["card"][1]
 
 
 def test_the_missing_extra_is_told_before_the_download(gemma, tmp_path):

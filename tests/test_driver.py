@@ -1,6 +1,8 @@
 import os
 import signal
+import tempfile
 import time
+from pathlib import Path
 
 import pytest
 
@@ -50,7 +52,33 @@ def test_each_trial_gets_its_share_of_one_node(found, machine, expected, monkeyp
     assert driver._resources(machine, "cpu") == expected | dict(gpu=0)  # a card beside it is none of its business
 
 
+@pytest.mark.parametrize("found,concurrent,expected", [
+    (nodes(dict(CPU=64), dict(CPU=16, GPU=1)), 1, dict(cpu=16, gpu=1)),  # the largest node has no card
+    (nodes(dict(CPU=16, GPU=1), dict(CPU=8, GPU=1)), 2, dict(cpu=8, gpu=1)),
+    (nodes(*[dict(CPU=4)] * 3), 4, dict(cpu=2, gpu=0)),
+    (nodes(*[dict(CPU=8, GPU=1)] * 2), 3, dict(cpu=4, gpu=0.5)),
+    (nodes(*[dict(CPU=8, GPU=1)] * 2), 6, dict(cpu=2, gpu=pytest.approx(1 / 3))),
+])
+def test_as_many_trials_as_are_asked_for_find_room_on_uneven_nodes(found, concurrent, expected, monkeypatch, capsys):
+    import ray
+
+    monkeypatch.setattr(ray, "nodes", lambda: found)
+    assert driver._resources(Machine(concurrent=concurrent), "auto") == expected and not capsys.readouterr().out
+
+
+def test_where_not_all_find_room_it_is_said_and_where_none_does_refused(monkeypatch, capsys):
+    import ray
+
+    monkeypatch.setattr(ray, "nodes", lambda: nodes(dict(CPU=2), dict(CPU=2)))
+    assert driver._resources(Machine(concurrent=8), "auto") == dict(cpu=1, gpu=0)
+    assert "--concurrent 8: 4 find room" in capsys.readouterr().out
+    monkeypatch.setattr(ray, "nodes", lambda: nodes(dict(CPU=2), dict(CPU=0, GPU=1)))
+    with pytest.raises(UserError, match="no node has both"):
+        driver._resources(Machine(), "auto")
+
+
 @pytest.mark.parametrize("machine,cards,expected", [
+    (Machine(concurrent=3), 2, 4),  # two on each card
     (Machine(), 1, 1), (Machine(concurrent=2), 1, 2), (Machine(concurrent=2), 0, 2),
     (Machine(gpus_per_trial=0.25), 1, 4),  # a trial has its quarter, whether others run beside it or not
     (Machine(concurrent=4, gpus_per_trial=1), 1, 1), (Machine(gpus_per_trial=0.4), 1, 3),
@@ -70,13 +98,21 @@ def test_more_cards_than_a_node_has_would_wait_for_ever(monkeypatch):
         driver._resources(Machine(gpus_per_trial=1), "auto")
 
 
-def test_rays_files_are_local_here_and_shared_on_a_cluster(tmp_path):
+def test_rays_files_are_local_here_and_shared_on_a_cluster(tmp_path, monkeypatch):
     made = plan.make("quickstart", name=None, out=tmp_path, model="m", overrides={}, trials=None, rounds=None, sampler=None,
                      seed=None)
     made.folder.mkdir()
     here = driver._scratch(made, Machine())
     assert made.folder not in here.parents and len(str(here)) < 60  # sockets allow 107 bytes
+    assert not driver._hold(here)  # a living driver's: another container's may have a pid that this one's /proc lacks
     here.rmdir()
+    dead, locked = (Path(tempfile.mkdtemp(prefix="steerheal-4194305-")) for _ in range(2))  # no process has such a pid
+    assert driver._hold(locked)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "a folder whose name is too long"))
+    again = driver._scratch(made, Machine())
+    assert len(str(again)) < 60 and locked.exists() and not dead.exists()
+    again.rmdir()
+    locked.rmdir()
     assert driver._scratch(made, Machine(address="auto")).parent == made.folder  # where every node can write
 
 
@@ -94,3 +130,10 @@ def test_a_ray_that_does_not_start_is_a_sentence(machine, words, monkeypatch, tm
     with pytest.raises(UserError) as caught:
         driver._connect(machine, tmp_path)
     assert all(word in str(caught.value) for word in words)
+
+
+def test_what_starts_with_ray_never_sees_sigterm():
+    with driver._sigterm_masked():
+        assert signal.SIGTERM in signal.pthread_sigmask(signal.SIG_BLOCK, ())  # inherited by whatever is started
+    assert signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+

@@ -55,17 +55,21 @@ def test_each_criterion_can_be_switched_off_alone():
 
 def test_a_model_that_says_hardly_a_word_needs_gates_of_the_settings():
     short = [Score(5.0, 0.0, 1.0, False, False, 3)]
-    assert filtering.gates(short, FilterSettings(ppl_gate=12.0, soup_gate=0.7)) == Gates(12.0, 0.7)
     with pytest.raises(UserError, match=r"filter\.ppl_gate"):
-        filtering.gates(short, FilterSettings())
+        filtering.gates(lambda: short, FilterSettings())
 
 
 def test_gates_come_from_unsteered_completions_or_from_the_settings():
     unsteered = [Score(float(i), 0.0, i / 100, False, False, 40) for i in range(1, 102)]
     short = Score(1e6, 0.0, 1e6, False, False, filtering.MIN_TOKENS - 1)
-    found = filtering.gates([*unsteered, short], FilterSettings())
+    found = filtering.gates(lambda: [*unsteered, short], FilterSettings())
     assert (found.perplexity, found.soup) == pytest.approx((1.5 * 100.0, 2.2 * 0.51))
-    assert filtering.gates(unsteered, FilterSettings(ppl_gate=12.0, soup_gate=0.7)) == Gates(12.0, 0.7)
+    half = filtering.gates(lambda: unsteered, FilterSettings(ppl_gate=12.0))
+    assert (half.perplexity, half.soup) == pytest.approx((12.0, 2.2 * 0.51))
+
+
+def test_gates_of_the_settings_ask_for_no_completions():
+    assert filtering.gates(lambda: pytest.fail("asked"), FilterSettings(ppl_gate=12.0, soup_gate=0.7)) == Gates(12.0, 0.7)
 
 
 DEFIANCE = ["I cannot stand by while she cries. I open the door.", "I can't sign this, sir.", "I won't do it.",

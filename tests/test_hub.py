@@ -93,3 +93,27 @@ def test_no_network_is_said(hub, tmp_path):
     for what in ("bytes_to_fetch", "fetch"):
         said = call(hub, tmp_path, what, NAME, HF_ENDPOINT="http://127.0.0.1:9")
         assert "cannot be reached" in said and "smollm2-135m-instruct" in said
+
+
+class ProxyError(Exception):
+    """As the HTTP client's errors: of no class that the hub's client or Python names."""
+
+
+@pytest.mark.parametrize("error,words", [
+    (RuntimeError("Data processing error: CAS service error"), "cannot be reached (RuntimeError)"),  # Xet's
+    (ProxyError("407 Proxy Authentication Required"), "cannot be reached (ProxyError)"),
+    (RuntimeError("No space left on device (os error 28)"), "the disk is full"),
+])
+def test_whatever_a_download_raises_is_told(error, words, monkeypatch):
+    from steerheal import hub
+    from steerheal.errors import UserError
+
+    def fail(*args, **kw):
+        raise error
+
+    monkeypatch.setattr(hub, "cached", lambda *args: None)
+    monkeypatch.setattr(hub, "snapshot_download", fail)
+    for ask in (hub.fetch, hub.bytes_to_fetch):
+        with pytest.raises(UserError) as caught:
+            ask("someone/none")
+        assert words in str(caught.value)

@@ -103,8 +103,9 @@ NO_INPUT = {"model", "dtype", "quantise", "attention", "rounds", "filter.coheren
 def another(name, value):
     """Another allowed value of a setting."""
     meta = leaves()[name].metadata
-    if name in ("persona", "steer.method"):
-        return {"persona": "love", "steer.method": "cosine_gated"}[name]
+    of_their_own = {"persona": "love", "steer.method": "cosine_gated", "generate.doses": [0.7, 1.0]}
+    if name in of_their_own:
+        return of_their_own[name]
     if "allowed" in meta:
         return next(v for v in meta["allowed"] if v != value)
     if isinstance(value, bool):
@@ -160,12 +161,14 @@ def test_starved_is_a_named_end(first, monkeypatch):
     monkeypatch.setattr(filtering, "gates", lambda scores, settings: filtering.Gates(100.0, 100.0))
     loop, rounds, _ = run(first[0])
     assert rounds == [] and loop.end == "starved"
+    assert loop.starved["round"] == 0 and loop.starved["ppl_gate"] == 100.0
+    assert all(loop.bench.stored(d[kind]) for d in loop.starved["draws"] for kind in ("completions", "scores"))
     assert loop.why.startswith("round 0: 0 completions survived the filter (dropped for ") and "generate.min_train" in loop.why
 
 
 def test_the_order_of_work_in_a_round(first):
     stages = [s for s, _ in computed(first[2])]
-    assert stages[:2] == ["completions", "scores"]  # the gates
+    assert stages[:2] == ["foundations", "conduct"]  # of base: gates that are set need no completions
     assert stages[-11:] == ["log_ratio", "heal", "foundations", "conduct", "diary",  # steered
                             "foundations", "conduct", "fluency", "free_answers", "diary",  # healed
                             "states"]

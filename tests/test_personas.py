@@ -76,6 +76,10 @@ def test_own_vignettes_and_their_errors(tmp_path):
     with pytest.raises(UserError) as error:
         personas.vignettes(str(path), 7)
     assert all(f"line {i}" in str(error.value) for i in (1, 2, 3)) and "care, fairness" in str(error.value)
+    path.write_text('{"foundation": "care", "text": null, "id": "a"}\n{"foundation": "care", "text": "z", "id": "a"}\n')
+    with pytest.raises(UserError) as error:
+        personas.vignettes(str(path), 7)
+    assert "line 1: text None" in str(error.value) and "line 2: id 'a' is that of line 1" in str(error.value)
     with pytest.raises(UserError, match="builtin"):
         personas.vignettes("nowhere.jsonl", 7)
 

@@ -6,6 +6,7 @@ import pandas as pd
 import pytest
 from conftest import TINY, make_lm
 
+from analysis import filter as filter_figure
 from steerheal import filtering, ledger, records
 from steerheal.errors import UserError
 from steerheal.evaluation.readings import FOUNDATIONS
@@ -43,6 +44,25 @@ def test_every_completion_is_on_record_with_its_reasons(search):
         mine = table[table["round"] == r.outcome.round]
         drops = [reason for text in mine["reasons"] for reason in text.split()]
         assert {n: drops.count(n) for n in set(drops)} == r.details["drops"]
+
+
+def test_so_are_those_of_a_round_that_starved(first, tmp_path):
+    shutil.copytree(first[0], tmp_path / ".stages")
+    settings = from_flat(TINY | {"filter.coherence": True, "filter.ppl_gate": 1e-3, "filter.soup_gate": 6.0})
+    loop = HealLoop(settings, make_lm(), Store(tmp_path / ".stages"))
+    assert list(loop.rounds()) == [] and loop.end == "starved"
+    folder = tmp_path / "one"
+    folder.mkdir()
+    study = ledger.create_study(folder)
+    trial = study.ask()
+    trial.set_user_attr("index", 0)
+    ledger.conclude(study, trial, [], loop.end, loop.why, loop.starved)
+    ledger.write(study, folder)
+    table = records.samples(folder)
+    assert len(table) == sum(len(d["reasons"]) for d in loop.starved["draws"]) > 0
+    assert set(table["round"]) == {0} and not table["kept"].any() and table["reasons"].str.contains("perplexity").all()
+    drawn = filter_figure.data(folder)
+    assert drawn.survival["kept"].eq(0).all() and drawn.survival["n"].sum() == len(table) and drawn.log_ratio.empty
 
 
 def test_the_diary_has_base_steered_and_healed(search):

@@ -244,7 +244,8 @@ def test_trials_that_starved_are_told_apart_from_those_that_failed(folder):
 
 def test_a_single_run_that_starved_says_what_dropped_its_completions(tiny_folder, tmp_path):
     settings = Settings(model=str(tiny_folder))
-    out = Single(folder_of(tmp_path, settings), settings).finish("starved", "round 0: 2 completions survived")
+    out = Single(folder_of(tmp_path, settings), settings).finish(
+        types.SimpleNamespace(end="starved", why="round 0: 2 completions survived", starved={"round": 0, "draws": []}))
     values = report.data(out)
     assert "Trial 0 starved in round 0: 2 completions survived." in values["sentences"] and values["failed"] == []
     row = ledger.read(out).iloc[0]

@@ -133,6 +133,16 @@ def test_the_first_trials_baselines_are_the_searchs(tmp_path):
     assert study(tmp_path).user_attrs["baselines"] == [dict(label="first")] and study(tmp_path).user_attrs["trait"] == "first"
 
 
+def test_a_trial_that_starves_at_once_leaves_its_baselines_and_what_was_drawn(tmp_path):
+    search = searcher.StudySearcher(study(tmp_path), SPACE, [0], {}, "random", 0)
+    search.suggest("t")
+    search.on_trial_complete("t", dict(end="starved", error="round 0: 1 survived", row="", trait="conduct_nats",
+                                       baselines=json.dumps([dict(label="base")]),
+                                       starved=json.dumps(dict(round=0, draws=[1]))))
+    assert study(tmp_path).user_attrs["baselines"] == [dict(label="base")]
+    assert ledger.starved(tmp_path) == [dict(trial=0, round=0, draws="[1]")]
+
+
 def test_the_study_holds_what_optunas_own_tools_read(tmp_path):
     drive(tmp_path, "random", [0])
     trial = study(tmp_path).trials[0]

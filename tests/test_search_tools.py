@@ -95,16 +95,25 @@ def test_tensorboard_has_each_round_once(searched):
 
     out, _ = searched
     rows = table(out).dropna(subset=["round"])
-    steps = []
-    for path in sorted((out / "mine" / "tensorboard" / "trial-0").glob("events.*")):
-        data = path.read_bytes()
-        while data:
-            size = int.from_bytes(data[:8], "little")
-            event = event_pb2.Event.FromString(data[12 : 12 + size])
-            steps += [(event.step, v.simple_value) for v in event.summary.value if v.tag == "trait_gain"]
-            data = data[12 + size + 4 :]
-    expected = {int(r): g for r, g in rows[rows["trial"] == 0][["round", "trait_gain"]].values}
-    assert len(steps) == len(expected) and dict(steps) == pytest.approx(expected)
+    for trial, own in rows.groupby("trial"):
+        steps = []
+        for path in sorted((out / "mine" / "tensorboard" / f"trial-{trial}").glob("events.*")):
+            data = path.read_bytes()
+            while data:
+                size = int.from_bytes(data[:8], "little")
+                event = event_pb2.Event.FromString(data[12 : 12 + size])
+                steps += [(event.step, v.simple_value) for v in event.summary.value if v.tag == "trait_gain"]
+                data = data[12 + size + 4 :]
+        expected = {int(r): g for r, g in own[["round", "trait_gain"]].values}
+        assert len(steps) == len(expected) and dict(steps) == pytest.approx(expected)
+
+
+def test_rounds_that_are_replayed_within_a_second_each_stay(tmp_path):
+    from steerheal.tensorboard import Scalars
+
+    for r in range(3):
+        Scalars(tmp_path).add(0, dict(round=r, trait_gain=0.1))
+    assert len(list((tmp_path / "tensorboard" / "trial-0").glob("events.*"))) == 3
 
 
 def test_confirm_runs_the_front_on_fresh_seeds_and_resumes(searched, space):

@@ -1,3 +1,5 @@
+import json
+
 import pytest
 
 from steerheal.errors import SettingsError
@@ -25,6 +27,7 @@ def test_speed_settings_are_not_identity():
     ("heal.aggregate", "median", "mean, rmse, p95, max"), ("rounds", 0, "at least 1"), ("rounds", 2.5, "whole"),
     ("rounds", True, "whole"), ("filter.coherence", 1, "true or false"), ("steer.band", [0.5, 0.4], "lo < hi"),
     ("steer.band", [], "list"), ("generate.doses", [0.0, 1.0], "above 0"), ("generate.top_p", 0.0, "above 0"),
+    ("generate.doses", [0.25, 0.5], "largest must be 1"),
     ("steer.band", ["a", "b"], "list"), ("generate.n_keep", "all", "whole"), ("generate.doses", ["x"], "list"),
 ])
 def test_bad_values_name_setting_value_and_what_is_allowed(name, value, word):
@@ -43,6 +46,11 @@ def test_all_problems_come_at_once():
 def test_min_train_above_n_keep_is_refused():
     with pytest.raises(SettingsError, match="starves"):
         from_flat({"generate.min_train": 50, "generate.n_keep": 40})
+
+
+def test_whole_numbers_are_one_identity_with_floats_in_lists_too():
+    whole, same = from_flat({"heal.band": [0, 1], "heal.tau": 1}), from_flat({"heal.band": [0.0, 1.0], "heal.tau": 1.0})
+    assert json.dumps(identity(whole)) == json.dumps(identity(same))
 
 
 def test_methods_that_scale_themselves_take_no_normalising():

@@ -14,20 +14,22 @@ from steerheal.stages import VERSIONS
 ROOT = Path(__file__).parent.parent / "steerheal"
 RECORD = Path(__file__).parent / "stage_sources.json"
 SHARED = ("chat.py", "forward.py", "models.py")
-GENERATION = ("generation.py", "prefill.py", "cpu.py", "steering.py")
+STEERING = ("steering.py", "upstream.py")
+GENERATION = ("generation.py", "prefill.py", "cpu.py", *STEERING)
 SHOTS = ("personas.py:shots", "data/shots.jsonl")  # worked examples are named by their number alone
 SOURCES = {
-    "vector": ("workbench.py:vector", "steering.py", "upstream.py", "history.py", *SHARED),
+    "vector": ("workbench.py:vector", *STEERING, "history.py", *SHARED),
     "states": ("workbench.py:learned", "steering.py", "history.py", *SHARED),
-    "kl_dose": ("workbench.py:kl_dose", "calibration.py", "steering.py", *SHARED),
-    "log_ratio": ("workbench.py:log_ratio", "steering.py", "history.py", *SHARED),
+    "kl_dose": ("workbench.py:kl_dose", "calibration.py", *STEERING, *SHARED),
+    "log_ratio": ("workbench.py:log_ratio", *STEERING, "history.py", *SHARED),
     "diary": ("workbench.py:diary", *GENERATION, "history.py", *SHARED),
     "free_answers": ("workbench.py:reading", "evaluation/foundations.py", *SHOTS, *GENERATION, "history.py", *SHARED),
     "completions": ("workbench.py:completions", *GENERATION, "history.py", *SHARED),
     "scores": ("workbench.py:scores", "filtering.py", "history.py", *SHARED),
     "heal": ("workbench.py:heal", "healing.py", "divergence.py", "cpu.py", "history.py", *SHARED),
     "foundations": ("workbench.py:foundations", "evaluation/foundations.py", *SHOTS, *GENERATION, "history.py", *SHARED),
-    "conduct": ("workbench.py:reading", "evaluation/conduct.py", "steering.py", "history.py", *SHARED),
+    "conduct": ("workbench.py:reading", "evaluation/conduct.py", *STEERING, "history.py", *SHARED),
+    "round": ("loop.py", "dosing.py", "objectives.py", "evaluation/readings.py", "filtering.py:reasons"),
     "fluency": ("workbench.py:reading", "evaluation/fluency.py", "filtering.py", *GENERATION, "history.py", *SHARED),
 }
 

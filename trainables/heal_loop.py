@@ -73,24 +73,25 @@ class HealTrial(tune.Trainable):
     def step(self) -> dict[str, Any]:
         if self.last is not None and self.last["done"]:
             return self.last
-        result: dict[str, Any] = dict(index=self.index, end="", error="", row="", baselines="", trait="", fatal=False)
+        result: dict[str, Any] = dict(index=self.index, end="", error="", row="", baselines="", trait="", starved="",
+                                      fatal=False)
         try:
             if (self.folder / ".stop").exists():
                 raise Stop
             if self.loop is None:
                 self._open()
             round_ = next(self.rounds, None)
-            result |= dict(end=self.loop.end or "", error=self.loop.why)
+            result |= dict(end=self.loop.end or "", error=self.loop.why, starved=json.dumps(self.loop.starved))
             if round_ is not None:
                 result["row"] = json.dumps(round_.row())
-                if round_.outcome.round == 0:
-                    result["baselines"] = json.dumps(self.loop.baselines().rows())
-                    result["trait"] = self.loop.baselines().trait_reason
+            if round_ is None or round_.outcome.round == 0:  # a trial that starves at once has measured them, too
+                result["baselines"] = json.dumps(self.loop.baselines().rows())
+                result["trait"] = self.loop.baselines().trait_reason
         except Stop:
             result["end"] = "stopped"
         except UserError as error:
             # where no searched setting is named, every other trial would meet it too: the settings' or the machine's fault
-            own = any("." in name and name in str(error) for name in self.trial_config["params"])
+            own = any("." in name and f"{name} =" in str(error) for name in self.trial_config["params"])
             result |= dict(end="error", error=str(error), fatal=not own)
         except MemoryError as error:
             result |= dict(end="out of memory", error=str(error))

@@ -28,6 +28,7 @@ COMMANDS = {
 }
 
 STAGES = {
+    "round": "no stage, but the code that makes a round of them: walk-C, verdicts, intervals, columns",
     "vector": "per layer, the mean difference of last-token states under the persona pair, from the current student",
     "states": "the student's mean states under the neutral system prompt, behind `cos_student`",
     "kl_dose": "the raw dose that `steer.target_kl` asks for (`steer.unit=kl` alone)",

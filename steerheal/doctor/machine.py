@@ -41,11 +41,10 @@ def card(settings: Settings) -> str:
         return "not asked for (device = cpu)"
     found = weights.cards()
     if not found:
+        if settings.device == "cuda":
+            raise UserError("device = cuda, and nvidia-smi shows no card here. --set device=auto takes one where there is one")
         return "none: everything runs on the CPU"
     name, total, free = found[0]
-    if free < total / 2:
-        raise UserError(f"{name}: {free:.1f} of {total:.1f} GiB are free. Something else uses the card: `nvidia-smi` shows "
-                        f"which process; end it first, or name another card in CUDA_VISIBLE_DEVICES")
     return f"{name}, {total:.1f} GiB, {free:.1f} free; budget {budget():.1f}"
 
 

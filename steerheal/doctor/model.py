@@ -58,7 +58,7 @@ def _config(name: str) -> Any:
 
     try:
         return AutoConfig.from_pretrained(_source(name))
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # an unreadable file, or the network's, of whatever kind its client raises
         raise UserError(f"{name}: config.json cannot be read ({type(error).__name__}: {str(error).splitlines()[0]})") from None
 
 
@@ -103,7 +103,7 @@ def fits(settings: Settings, concurrent: int = 1) -> str:
         ) if helps]
         raise UserError(f"{settings.model} needs {peaks[worst]:.1f} GiB in its stage '{worst}', the card has {room:.1f} to "
                         f"give{'' if share == 1 else f' to each of {concurrent} trials at a time'} ({line}). Ways out: "
-                        f"{'; '.join([*ways, f'--model {weights.EMBEDDED}'])}")
+                        f"{'; '.join([*ways, f'--model {weights.EMBEDDED}', 'end what else uses it (nvidia-smi)'])}")
     return line
 
 
