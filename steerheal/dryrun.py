@@ -11,7 +11,7 @@ from typing import Any
 
 import optuna
 
-from steerheal import events, ledger, models, searcher, weights
+from steerheal import events, ledger, models, searcher, study_file, weights
 from steerheal.errors import UserError
 from steerheal.loop import HealLoop
 from steerheal.plan import Plan, read
@@ -121,7 +121,7 @@ def _copy_in_memory(folder: Path | None) -> optuna.Study:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
     copy = optuna.create_study(directions=["maximize", "maximize"])
-    if folder and (folder / "study.db").exists():
+    if folder and any((folder / name).exists() for name in (study_file.NAME, study_file.BACKUP)):
         for trial in ledger.open_study(folder).get_trials(deepcopy=False):
             if trial.state == optuna.trial.TrialState.RUNNING:  # as `recover` will find it
                 trial.state = optuna.trial.TrialState.FAIL

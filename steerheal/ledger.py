@@ -31,15 +31,15 @@ def open_study(folder: Path) -> optuna.Study:
             is damaged.
     """
     if not (folder / study_file.NAME).exists():
-        raise UserError(f"{folder} holds no {study_file.NAME}. The search's command, given again, puts it back from its copy "
-                        f"if there is one.")
+        raise UserError(f"{folder} holds no {study_file.NAME}. The search's command, given again without --dry-run, puts it "
+                        f"back from its copy if there is one.")
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     try:
         with study_file.in_words(folder):
             return optuna.load_study(study_name="steerheal", storage=storage_url(folder))
     except KeyError:
-        raise UserError(f"{folder / study_file.NAME} holds no study. The search's command, given again, puts it back from its "
-                        f"copy if there is one.") from None
+        raise UserError(f"{folder / study_file.NAME} holds no study. The search's command, given again without --dry-run, "
+                        f"puts it back from its copy if there is one.") from None
 
 
 def create_study(folder: Path) -> optuna.Study:

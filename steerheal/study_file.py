@@ -82,8 +82,8 @@ def in_words(folder: Path) -> Iterator[None]:
             cause = cause.__cause__
         if getattr(cause, "sqlite_errorcode", None) == sqlite3.SQLITE_BUSY:
             raise UserError(_locked(folder / NAME)) from error
-        raise UserError(f"{folder / NAME}: {cause}. Everything finished so far is kept; give the same command again to go "
-                        f"on.") from error
+        raise UserError(f"{folder / NAME}: {cause}. Everything finished so far is kept; give the search's command again, "
+                        f"without --dry-run, to go on.") from error
 
 
 def _locked(path: Path) -> str:

@@ -145,7 +145,7 @@ def test_a_truncated_study_and_ledger_are_put_back(killed, tiny_folder):
     before = pd.read_parquet(folder / "ledger.parquet")
     os.truncate(folder / "study.db", 5000)
     os.truncate(folder / "ledger.parquet", 100)
-    with pytest.raises(UserError, match="command that made the search"):
+    with pytest.raises(UserError, match="command that wrote it"):
         pick.pick(pick.Args(folder))
     text, code = run(tiny_folder, out, TINY)
     assert code == 0 and "put back from study.backup.db" in text and "every trial is finished" in text, text
