@@ -27,7 +27,7 @@ SEEDS = 3
 ARMS = [("nll", 0.1), ("kl_rev", 0.5), ("kl_rev", 0.1)]
 SAMPLER = "grid"
 TRIALS = SEEDS * len(ARMS)
-COST = "a complete grid of 3 barriers x 3 run seeds, seed by seed; 5 to 6 minutes a trial on 2 CPU cores"
+COST = "a complete grid of 3 barriers x 3 run seeds, seed by seed; 6 minutes a trial on 2 CPU cores, and 4 for the baselines"
 
 
 def points():
