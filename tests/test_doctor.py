@@ -75,7 +75,7 @@ def test_a_cpu_build_beside_a_card_and_a_card_in_use(gemma, tmp_path):
     assert found["card"][0] and not found["fits"][0] and "nvidia-smi" in found["fits"][1]
     gemma.setattr(weights, "cards", lambda: [])
     found = said(dataclasses.replace(GEMMA, device="cuda"), tmp_path)
-    assert not found["card"][0] and "--set device=auto" in found["card"][1]
+    assert found["card"][0] and not found["torch"][0] and "CPU build, though device = cuda" in found["torch"][1]
 
 
 def test_the_missing_extra_is_told_before_the_download(gemma, tmp_path):

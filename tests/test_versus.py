@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from test_analysis import write_search
+from made_search import write_search
 
 from analysis import folders, versus
 from steerheal.evaluation.readings import Reading

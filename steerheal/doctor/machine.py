@@ -23,8 +23,10 @@ def torch_build(settings: Settings) -> str:
     import torch
 
     cuda = torch.version.cuda
-    if weights.cards() and not cuda and settings.device != "cpu":
-        raise UserError(f"torch {torch.__version__} is a CPU build, though nvidia-smi shows a card. Install a CUDA build: "
+    wanted = settings.device == "cuda" or (settings.device == "auto" and weights.cards())
+    if wanted and not cuda:  # a card that only other nodes of a cluster have is no reason to refuse
+        why = "device = cuda" if settings.device == "cuda" else "nvidia-smi shows a card"
+        raise UserError(f"torch {torch.__version__} is a CPU build, though {why}. Install a CUDA build: "
                         "the command for your driver is at https://pytorch.org/get-started/locally; or leave the card "
                         "alone with --set device=cpu")
     return f"{torch.__version__}, {f'CUDA {cuda}' if cuda else 'CPU build'}, {torch.get_num_threads()} threads"
@@ -41,9 +43,7 @@ def card(settings: Settings) -> str:
         return "not asked for (device = cpu)"
     found = weights.cards()
     if not found:
-        if settings.device == "cuda":
-            raise UserError("device = cuda, and nvidia-smi shows no card here. --set device=auto takes one where there is one")
-        return "none: everything runs on the CPU"
+        return "none that nvidia-smi shows" if settings.device == "cuda" else "none: everything runs on the CPU"
     name, total, free = found[0]
     return f"{name}, {total:.1f} GiB, {free:.1f} free; budget {budget():.1f}"
 

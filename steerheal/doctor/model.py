@@ -59,7 +59,8 @@ def _config(name: str) -> Any:
     try:
         return AutoConfig.from_pretrained(_source(name))
     except Exception as error:  # an unreadable file, or the network's, of whatever kind its client raises
-        raise UserError(f"{name}: config.json cannot be read ({type(error).__name__}: {str(error).splitlines()[0]})") from None
+        said = (str(error).splitlines() or [""])[0]
+        raise UserError(f"{name}: config.json cannot be read ({type(error).__name__}: {said})") from None
 
 
 def shape(settings: Settings) -> memory.Shape | None:
